@@ -1,0 +1,3 @@
+//! One binary, many names.
+
+fn main() {}

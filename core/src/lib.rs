@@ -1,0 +1,14 @@
+//! Words and formats of the Nix store.
+//!
+//! Everything here is a value or a function of values: no files, no clock, no environment and
+//! no `/nix/store` as a constant (a [`store_dir::StoreDir`] is passed).
+
+pub mod base32;
+pub mod content_address;
+pub mod hash;
+pub mod hash_part;
+pub mod path_info;
+pub mod report;
+pub mod signature;
+pub mod store_dir;
+pub mod store_path;

@@ -1,0 +1,1 @@
+//! Fuzz bodies as ordinary functions: `cargo test` replays `corpus/NAME/*` through them.

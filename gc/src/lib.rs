@@ -1,0 +1,1 @@
+//! Garbage collection: which paths are roots, and what they keep alive.

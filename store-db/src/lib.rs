@@ -1,0 +1,1 @@
+//! The ledger of the store: path infos, references, derivers and realisations in redb tables.
