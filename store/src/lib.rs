@@ -1,1 +1,4 @@
 //! The local store.
+
+pub mod foreign;
+pub mod sqlite;
