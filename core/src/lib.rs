@@ -3,8 +3,11 @@
 //! Everything here is a value or a function of values: no files, no clock, no environment and
 //! no `/nix/store` as a constant (a [`store_dir::StoreDir`] is passed).
 
+#[cfg(feature = "testing")]
+pub mod arb;
 pub mod base32;
 pub mod content_address;
+pub mod derivation;
 pub mod hash;
 pub mod hash_part;
 pub mod path_info;

@@ -1,0 +1,6 @@
+//! Generators for properties: well-formed values of our formats, and the same with one place spoiled.
+//!
+//! For tests only (feature `testing`).
+
+pub mod derivation;
+pub mod paths;
