@@ -2,6 +2,7 @@
 //!
 //! The text is the number whose least significant byte is the first byte of the input, so the
 //! first character stands for the top bits of the *last* byte. Source: formats, section 1.1.
+#![expect(clippy::indexing_slicing, reason = "a byte is below 256, and five bits are below 32")]
 
 /// Digit values 0 to 31.
 pub const ALPHABET: &[u8; 32] = b"0123456789abcdfghijklmnpqrsvwxyz";
@@ -11,10 +12,10 @@ const NONE: u8 = 0xff;
 /// Value of each byte as a digit, [`NONE`] where it is not one.
 const VALUES: [u8; 256] = {
     let mut table = [NONE; 256];
-    let mut i = 0;
-    while i < 32 {
-        table[ALPHABET[i] as usize] = i as u8;
-        i += 1;
+    let mut value = 0;
+    while value < 32 {
+        table[ALPHABET[value as usize] as usize] = value;
+        value += 1;
     }
     table
 };
@@ -49,6 +50,11 @@ pub const fn digit_value(byte: u8) -> Option<u8> {
     }
 }
 
+/// The digit for the lowest five bits of a number.
+pub(crate) const fn digit(bits: u64) -> u8 {
+    ALPHABET[(bits & 31) as usize]
+}
+
 /// The text form of `bytes`.
 ///
 /// ```
@@ -60,7 +66,7 @@ pub fn encode(bytes: &[u8]) -> String {
         let (i, j) = (k * 5 / 8, k * 5 % 8);
         let low = bytes.get(i).map_or(0, |b| u16::from(*b) >> j);
         let high = bytes.get(i + 1).map_or(0, |b| u16::from(*b) << (8 - j));
-        text.push(char::from(ALPHABET[usize::from((low | high) & 31)]));
+        text.push(char::from(digit(u64::from(low | high))));
     }
     text
 }

@@ -114,11 +114,12 @@ pub struct Hash {
 impl Hash {
     /// From a digest of exactly the algorithm's size; `None` for another size.
     pub fn new(algorithm: Algorithm, digest: &[u8]) -> Option<Self> {
+        if digest.len() != algorithm.size() {
+            return None;
+        }
         let mut bytes = [0; 64];
-        (digest.len() == algorithm.size()).then(|| {
-            bytes[..digest.len()].copy_from_slice(digest);
-            Self { algorithm, bytes }
-        })
+        bytes.get_mut(..digest.len())?.copy_from_slice(digest);
+        Some(Self { algorithm, bytes })
     }
 
     /// The hash of `data`.
@@ -197,6 +198,15 @@ impl Hash {
             return Err(HashError::Length { text: owned(), algorithm });
         }
         Ok(hash)
+    }
+
+    /// Reads base 16, base 32 or base 64, chosen by length, with no algorithm before it.
+    pub fn parse_bare(text: &str, algorithm: Algorithm) -> Result<Self, HashError> {
+        if text.contains([':', '-']) {
+            let text = text.chars().take(MAX_TEXT).collect();
+            return Err(HashError::Length { text, algorithm });
+        }
+        Self::parse(text, Some(algorithm))
     }
 
     /// Reads the SRI form only.

@@ -57,7 +57,7 @@ impl HashPart {
         for (five, eight) in self.0.chunks_exact(5).zip(text.chunks_exact_mut(8)) {
             let group = five.iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
             for (k, c) in eight.iter_mut().enumerate() {
-                *c = base32::ALPHABET[(group >> (35 - 5 * k)) as usize & 31];
+                *c = base32::digit(group >> (35 - 5 * k));
             }
         }
         text

@@ -8,6 +8,7 @@
 pub mod arb;
 pub mod base32;
 pub mod content_address;
+pub mod derivation;
 pub mod hash;
 pub mod hash_part;
 pub mod nar;

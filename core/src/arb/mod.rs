@@ -3,3 +3,5 @@
 //! For tests only (feature `testing`).
 
 pub mod nar;
+pub mod derivation;
+pub mod paths;
