@@ -9,11 +9,20 @@ pub mod arb;
 pub mod base32;
 pub mod content_address;
 pub mod derivation;
+#[cfg(any(test, feature = "testing"))]
+pub mod arb;
+pub mod base32;
+pub mod content_address;
+pub mod export;
 pub mod hash;
 pub mod hash_part;
 pub mod nar;
 pub mod path_info;
+pub mod refscan;
+pub mod registration;
 pub mod report;
 pub mod signature;
 pub mod store_dir;
 pub mod store_path;
+#[cfg(test)]
+mod test_vectors;

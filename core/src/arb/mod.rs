@@ -5,3 +5,6 @@
 pub mod nar;
 pub mod derivation;
 pub mod paths;
+//! Generators for properties, also for the tests of other crates (feature `testing`).
+
+pub mod texts;
