@@ -1,1 +1,16 @@
-//! Store objects on disk.
+//! Store objects on disk: where they lie, their metadata, their locks, and how they go away.
+//!
+//! Everything works below held directory descriptors and by names that are bytes. Nothing here
+//! knows the database, and nothing decides *whether* something may be deleted.
+
+pub mod file_error;
+pub mod gc_lock;
+pub mod layout;
+pub mod lock_file;
+pub mod path_lock;
+pub mod remove;
+pub mod reserve;
+pub mod temp_roots;
+pub mod users;
+
+mod entry;

@@ -1,0 +1,364 @@
+//! Temporary roots: what a process protects from the collector while it lives.
+//!
+//! Shared with Nix 2.5 and later: one file `temproots/PID` per process, locked exclusively for
+//! the life of the process, with full store paths that each end in NUL; and while a collector
+//! runs, the socket `gc-socket/socket` to tell it about new ones. Source: formats, section 10.3;
+//! gc, sections 5 and 6.
+//!
+//! Who adds a path takes the temporary root *first* and tests validity *then*: a path that was
+//! valid before may be gone.
+
+use std::ffi::OsStr;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use larder_core::report::{Level, Reporter};
+use larder_core::store_path::StorePath;
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::file_error::{At as _, FileError, shown};
+use crate::layout::{Layout, make_dirs};
+use crate::lock_file::{LockFile, Sharing, Wait, retry};
+
+/// How long to wait before asking again whether the collector has started to listen or has ended.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// After this time without an answer the path is told again, on a new connection. An answer may
+/// rightly take long: the collector deletes that very path first.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Paths sent before their answers are read; few enough for any socket buffer.
+const PATHS_AT_ONCE: usize = 64;
+
+/// Larger than any process id Linux gives (`PID_MAX_LIMIT`): added to a name that is taken.
+const BEYOND_PIDS: u32 = 1 << 22;
+
+/// How many names are tried. Others read them as 32-bit signed numbers.
+const MAX_NAMES: u32 = 500;
+
+/// The temporary roots of this process in one store.
+///
+/// The file is made by the first root and deleted on drop. All threads share one value; it is
+/// locked inside. A process that was forked (without exec) makes a file of its own on its next
+/// root, and leaves its parent's alone.
+#[derive(Debug)]
+pub struct TempRoots {
+    layout: Layout,
+    state: Mutex<Option<State>>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Who made it: not us after a fork.
+    pid: u32,
+    file: LockFile,
+    gc_lock: LockFile,
+    /// To the running collector, kept for the next root.
+    connection: Option<UnixStream>,
+}
+
+impl TempRoots {
+    /// No file is made yet.
+    pub const fn new(layout: Layout) -> Self {
+        Self { layout, state: Mutex::new(None) }
+    }
+
+    /// Protects a path, from now until this value is dropped. Adding twice is harmless.
+    ///
+    /// While a collector runs, this waits until it has heard of the path; if it is deleting the
+    /// path just now, until that is over. Errors: the state directory is closed to us, or full.
+    pub fn add(&self, path: &StorePath) -> Result<(), FileError> {
+        self.add_all([path])
+    }
+
+    /// Protects many paths, all when it returns.
+    pub fn add_all<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) -> Result<(), FileError> {
+        let mut text = Vec::new();
+        for path in paths {
+            text.extend_from_slice(self.layout.store_dir.full(path).as_bytes());
+            text.push(0);
+        }
+        if text.is_empty() {
+            return Ok(());
+        }
+        // A panic in here leaves nothing half done that a later call would trip over.
+        let mut guard = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if guard.as_ref().is_none_or(|state| state.pid != std::process::id()) {
+            *guard = Some(State::create(&self.layout)?);
+        }
+        let state = guard.as_mut().expect("made above");
+        state.add(&self.layout, &text)
+    }
+
+    /// The name of our file, once there is one.
+    pub fn file(&self) -> Option<PathBuf> {
+        let guard = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.as_ref().map(|state| state.file.path().to_owned())
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if self.pid == std::process::id() {
+            // The collector takes it away if we cannot.
+            let _ = rustix::fs::unlink(self.file.path());
+        }
+    }
+}
+
+impl State {
+    fn create(layout: &Layout) -> Result<Self, FileError> {
+        let gc_lock = LockFile::open(&layout.gc_lock())?;
+        let dir = layout.temp_roots();
+        make_dirs(&dir)?;
+        let pid = std::process::id();
+        // Our own number, unless somebody who lives has it: a process of another PID namespace
+        // with the same state directory, or another value of this type in this process.
+        let mut taken = None;
+        for n in 0..MAX_NAMES {
+            let path = dir.join((pid + n * BEYOND_PIDS).to_string());
+            if let Some(file) = claim(&path)? {
+                return Ok(Self { pid, file, gc_lock, connection: None });
+            }
+            taken = Some(path);
+        }
+        Err(FileError::new("creating temporary roots file", taken.unwrap_or(dir), Errno::BUSY))
+    }
+
+    /// `text` holds paths, each with a NUL behind it.
+    fn add(&mut self, layout: &Layout, text: &[u8]) -> Result<(), FileError> {
+        // With the lock held there is no collector, and one that comes reads the file.
+        while !self.gc_lock.lock(Sharing::Shared, &mut Wait::No)? {
+            match self.tell(layout, text) {
+                Ok(true) => return self.append(text),
+                Ok(false) => std::thread::sleep(RETRY),
+                Err(e) => {
+                    self.connection = None;
+                    let socket = layout.gc_socket();
+                    match e.kind() {
+                        // The collector has ended, or does not listen yet.
+                        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => std::thread::sleep(RETRY),
+                        io::ErrorKind::BrokenPipe
+                        | io::ErrorKind::ConnectionReset
+                        | io::ErrorKind::UnexpectedEof
+                        | io::ErrorKind::WouldBlock
+                        | io::ErrorKind::TimedOut
+                        | io::ErrorKind::Interrupted => {}
+                        _ => return Err(FileError::new("telling a root to the collector at", socket, e)),
+                    }
+                }
+            }
+        }
+        // The connection, if any, was to a collector that has ended.
+        self.connection = None;
+        let appended = self.append(text);
+        self.gc_lock.unlock()?;
+        appended
+    }
+
+    fn append(&self, text: &[u8]) -> Result<(), FileError> {
+        const DOING: &str = "writing to temporary roots file";
+        let end = rustix::fs::fstat(&self.file).at(DOING, self.file.path())?.st_size;
+        let mut rest = text;
+        let mut offset = end.cast_unsigned();
+        while !rest.is_empty() {
+            match retry(|| rustix::io::pwrite(&self.file, rest, offset)) {
+                Ok(n) => {
+                    rest = rest.get(n..).unwrap_or_default();
+                    offset += n as u64;
+                }
+                Err(e) => {
+                    // A piece of a path would run together with the next one.
+                    let _ = rustix::fs::ftruncate(&self.file, end.cast_unsigned());
+                    return Err(FileError::new(DOING, self.file.path(), e));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the collector all paths; `false` if it answered nonsense.
+    fn tell(&mut self, layout: &Layout, text: &[u8]) -> io::Result<bool> {
+        let stream = match self.connection.take() {
+            Some(stream) => self.connection.insert(stream),
+            None => {
+                let stream = connect(&layout.gc_socket())?;
+                stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+                stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+                self.connection.insert(stream)
+            }
+        };
+        let paths: Vec<&[u8]> = text.split_inclusive(|b| *b == 0).collect();
+        for some in paths.chunks(PATHS_AT_ONCE) {
+            let mut lines = some.concat();
+            lines.iter_mut().filter(|b| **b == 0).for_each(|b| *b = b'\n');
+            stream.write_all(&lines)?;
+            let mut answers = vec![0; some.len()];
+            stream.read_exact(&mut answers)?;
+            if answers.iter().any(|a| *a != b'1') {
+                self.connection = None;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Connects to a socket whose path may be longer than an address (108 bytes) holds.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => {}
+        other => return other,
+    }
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Errno::INVAL.into());
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::open(dir, flags, Mode::empty())?;
+    let mut short = PathBuf::from(crate::entry::proc_path(dir.as_fd()));
+    short.push(name);
+    UnixStream::connect(short)
+}
+
+/// Makes the file and locks it; `None` if a living process has it.
+fn claim(path: &Path) -> Result<Option<LockFile>, FileError> {
+    loop {
+        if let Some(old) = open_old(path)? {
+            if !old.lock(Sharing::Exclusive, &mut Wait::No)? {
+                return Ok(None);
+            }
+            if !old.has_name()? {
+                continue;
+            }
+            // Left by a dead process that had our number.
+            old.delete()?;
+        }
+        // Not exclusively created: a collector may lock and delete it before we have the lock.
+        let file = LockFile::open(path)?;
+        if !lock_soon(&file)? {
+            return Ok(None);
+        }
+        if !file.is_stale()? {
+            return Ok(Some(file));
+        }
+    }
+}
+
+/// Locks a new file. Only a collector can be in the way, for a moment; or one who claims it too.
+fn lock_soon(file: &LockFile) -> Result<bool, FileError> {
+    for _ in 0..100 {
+        if file.lock(Sharing::Exclusive, &mut Wait::No)? {
+            return Ok(true);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(false)
+}
+
+fn open_old(path: &Path) -> Result<Option<LockFile>, FileError> {
+    match rustix::fs::lstat(path) {
+        Err(Errno::NOENT) => Ok(None),
+        Err(e) => Err(FileError::new("getting status of", path, e)),
+        Ok(_) => LockFile::open(path).map(Some),
+    }
+}
+
+/// What [`read_all`] does about files whose owners are dead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stale {
+    Ignore,
+    /// Delete them, as Nix does even when it only lists roots.
+    Delete,
+}
+
+/// A temporary root of some process.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TempRoot {
+    pub path: StorePath,
+    /// The name of the file: a process id, but for the case described at [`TempRoots`].
+    pub pid: u32,
+}
+
+/// What [`read_all`] found.
+#[derive(Debug, Default)]
+pub struct LiveTempRoots {
+    pub roots: Vec<TempRoot>,
+    /// Files that we may not read. They hide roots, so a run that deletes must not go on.
+    pub unreadable: Vec<FileError>,
+    /// Locks that keep owners of the style of Nix 1.8 from adding roots; hold them until it is
+    /// decided what to delete.
+    pub legacy_locks: Vec<LockFile>,
+}
+
+/// Reads the temporary roots of all living processes. A collector holds the collector's lock,
+/// and listens on its socket already.
+///
+/// Names that are no numbers are not ours and are skipped. An unfinished path at the end of a
+/// file, and text that is no store path, is no root. Errors: I/O errors but "permission denied"
+/// on single files.
+pub fn read_all(layout: &Layout, stale: Stale, reporter: &dyn Reporter) -> Result<LiveTempRoots, FileError> {
+    let dir = layout.temp_roots();
+    let mut found = LiveTempRoots::default();
+    let entries = match std::fs::read_dir(&dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
+        other => other.at("reading directory", &dir)?,
+    };
+    for entry in entries {
+        let name = entry.at("reading directory", &dir)?.file_name();
+        let Some(pid) = parse_pid(&name) else { continue };
+        match read_one(&dir.join(&name), pid, stale, layout, reporter, &mut found) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => found.unreadable.push(e),
+            other => other?,
+        }
+    }
+    Ok(found)
+}
+
+fn parse_pid(name: &OsStr) -> Option<u32> {
+    let digits = name.to_str()?;
+    digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse().ok())?
+}
+
+fn read_one(
+    path: &Path,
+    pid: u32,
+    stale: Stale,
+    layout: &Layout,
+    reporter: &dyn Reporter,
+    found: &mut LiveTempRoots,
+) -> Result<(), FileError> {
+    // Read-only is enough to lock it and to read it, but not to leave the byte in it.
+    let Some(file) = (match stale {
+        Stale::Delete => open_old(path)?,
+        Stale::Ignore => LockFile::open_existing(path)?,
+    }) else {
+        return Ok(());
+    };
+    if file.lock(Sharing::Exclusive, &mut Wait::No)? {
+        // Without a name it is somebody else's work already, and the name may be another file's.
+        if stale == Stale::Delete && file.has_name()? {
+            reporter.message(Level::Info, format_args!("removing stale temporary roots file '{}'", shown(path)));
+            file.delete()?;
+        }
+        return Ok(());
+    }
+    let legacy = matches!(retry(|| rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared)), Ok(()));
+    let text = file.read().at("reading temporary roots file", path)?;
+    let complete = text.iter().rposition(|b| *b == 0).map_or(&[][..], |end| text.get(..end).unwrap_or_default());
+    for piece in complete.split(|b| *b == 0) {
+        match layout.store_dir.parse(piece) {
+            Ok(path) => found.roots.push(TempRoot { path, pid }),
+            Err(e) => reporter
+                .message(Level::Debug, format_args!("ignoring a line of temporary roots file '{}': {e}", shown(path))),
+        }
+    }
+    if legacy {
+        found.legacy_locks.push(file);
+    }
+    Ok(())
+}
