@@ -1,0 +1,686 @@
+//! The references of many paths in memory: closures, orders, and what the collector walks.
+//!
+//! A [`Graph`] is a snapshot, of all valid paths ([`Graph::load`], about 180 bytes a path) or of
+//! a closure ([`closure_of`]). Its nodes are numbered in the order of the base names, so sets of
+//! nodes come out in the order that listings want. Nothing here recurses.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::OnceLock;
+
+use larder_core::hash_part::HashPart;
+use larder_core::store_path::StorePath;
+
+use crate::batch::{NONE, leading};
+use crate::error::DbError;
+use crate::query::{ReadTxn, each_key};
+use crate::record::{DeriverView, PathRef, RecordView};
+use crate::tables::{dangling, inconsistent, split_output_key};
+use redb::ReadableTable as _;
+
+/// Once so many-th a part of the table has been visited path by path, the rest is read in one go.
+const SWITCH_RATIO: u64 = 8;
+
+/// A path of a [`Graph`]: a number below [`Graph::len`], in the order of the base names.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Node(u32);
+
+impl Node {
+    /// For arrays beside the graph.
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Node({})", self.0)
+    }
+}
+
+/// A set of nodes of one graph, a bit each.
+#[derive(Clone, PartialEq, Eq)]
+pub struct NodeSet {
+    bits: Vec<u64>,
+    len: usize,
+}
+
+impl NodeSet {
+    /// An empty set of nodes of `graph`.
+    pub fn new(graph: &Graph) -> Self {
+        Self { bits: vec![0; graph.len().div_ceil(64)], len: 0 }
+    }
+
+    /// Adds a node; was it new?
+    pub fn insert(&mut self, node: Node) -> bool {
+        let Some(word) = self.bits.get_mut(node.index() / 64) else { return false };
+        let bit = 1 << (node.0 % 64);
+        let new = *word & bit == 0;
+        *word |= bit;
+        self.len += usize::from(new);
+        new
+    }
+
+    /// Takes a node out; was it there?
+    pub fn remove(&mut self, node: Node) -> bool {
+        let Some(word) = self.bits.get_mut(node.index() / 64) else { return false };
+        let bit = 1 << (node.0 % 64);
+        let there = *word & bit != 0;
+        *word &= !bit;
+        self.len -= usize::from(there);
+        there
+    }
+
+    pub fn contains(&self, node: Node) -> bool {
+        self.bits.get(node.index() / 64).is_some_and(|word| word & 1 << (node.0 % 64) != 0)
+    }
+
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The nodes in ascending order.
+    pub fn iter(&self) -> impl Iterator<Item = Node> + '_ {
+        self.bits.iter().zip((0u32..).step_by(64)).flat_map(|(word, first)| {
+            let mut rest = *word;
+            std::iter::from_fn(move || {
+                let bit = rest.trailing_zeros();
+                (rest != 0).then(|| {
+                    rest &= rest - 1;
+                    Node(first + bit)
+                })
+            })
+        })
+    }
+}
+
+impl fmt::Debug for NodeSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.iter()).finish()
+    }
+}
+
+/// Which way a closure goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Walk {
+    /// To referrers instead of references.
+    pub backward: bool,
+    /// From a derivation to its valid outputs; backward, from a path to its valid derivers.
+    pub outputs: bool,
+    /// From a path to its recorded deriver, if valid; backward, from a derivation to its valid
+    /// outputs that name it as deriver.
+    pub derivers: bool,
+}
+
+impl Walk {
+    pub const REFERENCES: Self = Self { backward: false, outputs: false, derivers: false };
+    pub const REFERRERS: Self = Self { backward: true, outputs: false, derivers: false };
+}
+
+/// Lists of nodes, one for each node, end to end.
+#[derive(Debug, Default)]
+struct Lists {
+    /// Where each list begins, and the end of the last.
+    starts: Vec<u32>,
+    nodes: Vec<u32>,
+}
+
+impl Lists {
+    fn with_capacity(lists: usize) -> Self {
+        let mut starts = Vec::with_capacity(lists + 1);
+        starts.push(0);
+        Self { starts, nodes: Vec::new() }
+    }
+
+    /// Ends the list whose nodes were pushed.
+    fn end_list(&mut self) -> Result<(), DbError> {
+        self.starts.push(u32::try_from(self.nodes.len()).map_err(|_| DbError::TooLarge { limit: NONE })?);
+        Ok(())
+    }
+
+    fn of(&self, node: u32) -> &[u32] {
+        let at = |n: usize| self.starts.get(n).map(|start| *start as usize);
+        match (at(node as usize), at(node as usize + 1)) {
+            (Some(start), Some(end)) => self.nodes.get(start..end).unwrap_or_default(),
+            _ => &[],
+        }
+    }
+
+    /// The lists the other way round: `a` in the list of `b` for every `b` in the list of `a`,
+    /// each ascending. Without `a` in its own list.
+    fn inverse(&self, count: usize) -> Self {
+        let mut starts = vec![0u32; count + 1];
+        let owners = |each: &mut dyn FnMut(u32, u32)| {
+            for owner in 0..u32::try_from(count).unwrap_or(NONE) {
+                for node in self.of(owner).iter().filter(|node| **node != owner) {
+                    each(owner, *node);
+                }
+            }
+        };
+        owners(&mut |_, node| {
+            if let Some(slot) = starts.get_mut(node as usize + 1) {
+                *slot += 1;
+            }
+        });
+        let mut sum = 0;
+        for slot in &mut starts {
+            sum += *slot;
+            *slot = sum;
+        }
+        let mut nodes = vec![0u32; sum as usize];
+        let mut fill = starts.clone();
+        owners(&mut |owner, node| {
+            if let Some(at) = fill.get_mut(node as usize) {
+                if let Some(slot) = nodes.get_mut(*at as usize) {
+                    *slot = owner;
+                }
+                *at += 1;
+            }
+        });
+        Self { starts, nodes }
+    }
+}
+
+/// A snapshot of paths and what binds them.
+#[derive(Default)]
+pub struct Graph {
+    keys: Vec<[u8; 20]>,
+    index: KeyIndex,
+    /// Base names end to end.
+    text: String,
+    /// Where each ends: 4 GiB of base names are more than 40 million paths.
+    text_ends: Vec<u32>,
+    nar_sizes_bytes: Vec<u64>,
+    references: Lists,
+    referrers: OnceLock<Lists>,
+    /// The recorded deriver if it is in the graph, else `NONE`.
+    derivers: Vec<u32>,
+    /// Derivation -> valid outputs.
+    outputs: Lists,
+    valid_derivers: OnceLock<Lists>,
+}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Graph").field("len", &self.len()).finish_non_exhaustive()
+    }
+}
+
+/// Finds a key among ascending ones: a table over the first bits, then a binary search, so that
+/// no choice of keys is slow.
+#[derive(Debug, Default)]
+struct KeyIndex {
+    shift: u32,
+    starts: Vec<u32>,
+}
+
+impl KeyIndex {
+    fn new(keys: &[[u8; 20]]) -> Self {
+        let bits = usize::BITS - keys.len().leading_zeros();
+        let shift = 64 - bits.clamp(1, 28);
+        let mut starts = vec![0u32; (1 << (64 - shift)) + 1];
+        for key in keys {
+            if let Some(slot) = starts.get_mut(Self::bucket(shift, key) + 1) {
+                *slot += 1;
+            }
+        }
+        let mut sum = 0;
+        for slot in &mut starts {
+            sum += *slot;
+            *slot = sum;
+        }
+        Self { shift, starts }
+    }
+
+    fn bucket(shift: u32, key: &[u8; 20]) -> usize {
+        usize::try_from(leading(key) >> shift).unwrap_or(usize::MAX - 1)
+    }
+
+    fn find(&self, keys: &[[u8; 20]], key: &[u8; 20]) -> Option<u32> {
+        let bucket = Self::bucket(self.shift, key);
+        let start = *self.starts.get(bucket)?;
+        let end = *self.starts.get(bucket + 1)?;
+        let found = keys.get(start as usize..end as usize)?.binary_search(key).ok()?;
+        u32::try_from(found).ok().map(|found| start + found)
+    }
+}
+
+impl Graph {
+    /// All valid paths. Goes over the ledger twice: names first, then what refers to them.
+    pub fn load(r: &ReadTxn) -> Result<Self, DbError> {
+        let count = usize::try_from(r.count()?).unwrap_or(usize::MAX);
+        let mut graph = Self {
+            keys: Vec::with_capacity(count),
+            text: String::with_capacity(count.saturating_mul(64)),
+            text_ends: Vec::with_capacity(count),
+            nar_sizes_bytes: Vec::with_capacity(count),
+            references: Lists::with_capacity(count),
+            derivers: Vec::with_capacity(count),
+            ..Self::default()
+        };
+        r.for_each(|view| graph.push_node(&view))?;
+        graph.text.shrink_to_fit();
+        graph.index = KeyIndex::new(&graph.keys);
+        r.for_each(|view| {
+            let own = view.path().hash_part();
+            for reference in view.raw_references() {
+                let node = graph.index.find(&graph.keys, reference);
+                graph.references.nodes.push(node.ok_or_else(|| dangling(own.as_bytes(), reference))?);
+            }
+            graph.references.end_list()?;
+            let deriver = view.deriver().and_then(|deriver| {
+                let node = graph.index.find(&graph.keys, deriver.hash_part.as_bytes())?;
+                deriver.is(graph.path_ref(Node(node))).then_some(node)
+            });
+            graph.derivers.push(deriver.unwrap_or(NONE));
+            Ok::<_, DbError>(())
+        })?;
+        graph.references.nodes.shrink_to_fit();
+        graph.load_outputs(r)?;
+        Ok(graph)
+    }
+
+    fn push_node(&mut self, view: &RecordView<'_>) -> Result<(), DbError> {
+        self.push_name(view.path(), view.nar_size_bytes)
+    }
+
+    fn push_name(&mut self, path: PathRef<'_>, nar_size_bytes: u64) -> Result<(), DbError> {
+        let hash_part = path.hash_part();
+        self.keys.push(*hash_part.as_bytes());
+        let text = hash_part.to_text();
+        self.text.push_str(str::from_utf8(&text).expect("base-32 is ASCII"));
+        self.text.push('-');
+        self.text.push_str(path.name());
+        self.text_ends.push(u32::try_from(self.text.len()).map_err(|_| DbError::TooLarge { limit: NONE })?);
+        self.nar_sizes_bytes.push(nar_size_bytes);
+        Ok(())
+    }
+
+    /// The outputs lie in the order of the derivations, as the nodes do.
+    fn load_outputs(&mut self, r: &ReadTxn) -> Result<(), DbError> {
+        let mut outputs = Lists::with_capacity(self.len());
+        let mut current = 0u32;
+        let mut own = Vec::new();
+        let finish = |outputs: &mut Lists, own: &mut Vec<u32>| {
+            own.sort_unstable();
+            own.dedup();
+            outputs.nodes.append(own);
+            outputs.end_list()
+        };
+        for row in r.outputs()?.iter()? {
+            let (key, value) = row?;
+            let (derivation, output) = split_output_key(key.value())?;
+            let Some(node) = self.index.find(&self.keys, &derivation) else {
+                let derivation = HashPart::from_bytes(derivation);
+                return Err(inconsistent(format_args!("'{derivation}' has outputs but is not valid")));
+            };
+            while current < node {
+                finish(&mut outputs, &mut own)?;
+                current += 1;
+            }
+            let name = self.path_ref(Node(node)).name();
+            let path = crate::record::read_output(name, output, value.value());
+            let path = path.map_err(|source| crate::query::bad_record(self.path_ref(Node(node)), source))?;
+            own.extend(self.node(&path).map(|node| node.0));
+        }
+        for _ in current..u32::try_from(self.len()).unwrap_or(NONE) {
+            finish(&mut outputs, &mut own)?;
+        }
+        self.outputs = outputs;
+        Ok(())
+    }
+
+    pub const fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    pub const fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    /// All nodes, ascending.
+    pub fn nodes(&self) -> impl ExactSizeIterator<Item = Node> + use<> {
+        (0..u32::try_from(self.len()).expect("a graph has fewer than 2^32 nodes")).map(Node)
+    }
+
+    /// The node of a path, if it is there under this very name.
+    pub fn node(&self, path: &StorePath) -> Option<Node> {
+        let node = self.by_hash_part(path.hash_part())?;
+        (self.path_ref(node) == *path).then_some(node)
+    }
+
+    pub fn by_hash_part(&self, hash_part: HashPart) -> Option<Node> {
+        self.index.find(&self.keys, hash_part.as_bytes()).map(Node)
+    }
+
+    /// `HASHPART-NAME`.
+    pub fn base_name(&self, node: Node) -> &str {
+        let end = self.text_ends.get(node.index()).map_or(0, |end| *end as usize);
+        let start = node.index().checked_sub(1).and_then(|n| self.text_ends.get(n)).map_or(0, |end| *end as usize);
+        self.text.get(start..end).unwrap_or_default()
+    }
+
+    pub fn name(&self, node: Node) -> &str {
+        self.base_name(node).get(HashPart::TEXT_LEN + 1..).unwrap_or_default()
+    }
+
+    pub fn hash_part(&self, node: Node) -> HashPart {
+        HashPart::from_bytes(self.keys.get(node.index()).copied().unwrap_or_default())
+    }
+
+    pub fn path_ref(&self, node: Node) -> PathRef<'_> {
+        PathRef::trusted(self.hash_part(node), self.name(node))
+    }
+
+    pub fn path(&self, node: Node) -> StorePath {
+        self.path_ref(node).to_store_path()
+    }
+
+    pub fn is_derivation(&self, node: Node) -> bool {
+        self.path_ref(node).is_derivation()
+    }
+
+    pub fn nar_size_bytes(&self, node: Node) -> u64 {
+        self.nar_sizes_bytes.get(node.index()).copied().unwrap_or(0)
+    }
+
+    /// What it refers to, ascending, itself too if it does.
+    pub fn references(&self, node: Node) -> impl ExactSizeIterator<Item = Node> + '_ {
+        self.references.of(node.0).iter().map(|n| Node(*n))
+    }
+
+    fn referrer_lists(&self) -> &Lists {
+        self.referrers.get_or_init(|| self.references.inverse(self.len()))
+    }
+
+    /// The others that refer to it, ascending.
+    pub fn referrers(&self, node: Node) -> impl ExactSizeIterator<Item = Node> + '_ {
+        self.referrer_lists().of(node.0).iter().map(|n| Node(*n))
+    }
+
+    /// Its recorded deriver, if that is in the graph.
+    pub fn deriver(&self, node: Node) -> Option<Node> {
+        self.derivers.get(node.index()).copied().filter(|n| *n != NONE).map(Node)
+    }
+
+    /// The valid outputs of a derivation, ascending. Only in a graph of all paths.
+    pub fn outputs(&self, node: Node) -> impl ExactSizeIterator<Item = Node> + '_ {
+        self.outputs.of(node.0).iter().map(|n| Node(*n))
+    }
+
+    /// The valid derivations that have it as an output, ascending. Only in a graph of all paths.
+    pub fn valid_derivers(&self, node: Node) -> impl ExactSizeIterator<Item = Node> + '_ {
+        let lists = self.valid_derivers.get_or_init(|| self.outputs.inverse(self.len()));
+        lists.of(node.0).iter().map(|n| Node(*n))
+    }
+
+    /// Calls `each` with the nodes one step away (some perhaps twice).
+    pub fn neighbours(&self, node: Node, walk: Walk, mut each: impl FnMut(Node)) {
+        if walk.backward {
+            self.referrers(node).for_each(&mut each);
+            if walk.outputs {
+                self.valid_derivers(node).for_each(&mut each);
+            }
+            if walk.derivers {
+                self.outputs(node).filter(|output| self.deriver(*output) == Some(node)).for_each(&mut each);
+            }
+        } else {
+            self.references(node).for_each(&mut each);
+            if walk.outputs {
+                self.outputs(node).for_each(&mut each);
+            }
+            if walk.derivers {
+                self.deriver(node).into_iter().for_each(&mut each);
+            }
+        }
+    }
+
+    /// Everything that can be reached from the roots, themselves too.
+    pub fn closure(&self, roots: impl IntoIterator<Item = Node>, walk: Walk) -> NodeSet {
+        let mut set = NodeSet::new(self);
+        let mut rest: Vec<Node> = roots.into_iter().filter(|root| set.insert(*root)).collect();
+        while let Some(node) = rest.pop() {
+            self.neighbours(node, walk, |next| {
+                if set.insert(next) {
+                    rest.push(next);
+                }
+            });
+        }
+        set
+    }
+
+    /// The nodes of a set with references before referrers: depth first, ascending at each
+    /// step, references to oneself aside. What `nix-store -qR` prints in.
+    pub fn topological(&self, set: &NodeSet) -> Result<Vec<Node>, DbError> {
+        let references = |node: u32| self.references.of(node);
+        let members = set.iter().map(|node| node.0);
+        match topological_order(self.len(), members, references, |node| set.contains(Node(node))) {
+            Ok(order) => Ok(order.into_iter().map(Node).collect()),
+            Err((path, from)) => Err(DbError::Cycle { path: self.path(Node(path)), from: self.path(Node(from)) }),
+        }
+    }
+
+    /// [`Graph::topological`] of all nodes.
+    pub fn topological_all(&self) -> Result<Vec<Node>, DbError> {
+        let mut all = NodeSet::new(self);
+        for node in self.nodes() {
+            all.insert(node);
+        }
+        self.topological(&all)
+    }
+
+    /// The graph of some of the nodes and what binds them to each other.
+    pub fn restrict(&self, set: &NodeSet) -> Result<Self, DbError> {
+        let mut new_of = vec![NONE; self.len()];
+        for (node, new) in set.iter().zip(0u32..) {
+            if let Some(slot) = new_of.get_mut(node.index()) {
+                *slot = new;
+            }
+        }
+        let new = |node: &u32| new_of.get(*node as usize).copied().filter(|n| *n != NONE);
+        let mut graph = Self {
+            references: Lists::with_capacity(set.len()),
+            outputs: Lists::with_capacity(set.len()),
+            ..Self::default()
+        };
+        for node in set.iter() {
+            graph.push_name(self.path_ref(node), self.nar_size_bytes(node))?;
+            graph.references.nodes.extend(self.references.of(node.0).iter().filter_map(new));
+            graph.references.end_list()?;
+            graph.outputs.nodes.extend(self.outputs.of(node.0).iter().filter_map(new));
+            graph.outputs.end_list()?;
+            graph.derivers.push(self.deriver(node).and_then(|deriver| new(&deriver.0)).unwrap_or(NONE));
+        }
+        graph.index = KeyIndex::new(&graph.keys);
+        Ok(graph)
+    }
+}
+
+/// The closure of some valid paths as a graph of just its members.
+///
+/// Costs a lookup a member as long as they are few, and a reading of the whole ledger at most.
+/// Outputs of derivations are edges of the walk if it says so, but are not kept in the graph.
+/// A root that is not valid gives [`DbError::NotValid`].
+pub fn closure_of(r: &ReadTxn, roots: &[StorePath], walk: Walk) -> Result<Graph, DbError> {
+    let mut roots: Vec<StorePath> = roots.to_vec();
+    roots.sort_unstable();
+    roots.dedup();
+    let total = r.count()?;
+    let mut seen: HashSet<[u8; 20]> = HashSet::new();
+    let mut found = Found::default();
+    let mut frontier: Vec<[u8; 20]> = Vec::new();
+    for root in &roots {
+        if r.record(root)?.is_none() {
+            return Err(DbError::NotValid { path: root.clone() });
+        }
+        if seen.insert(*root.hash_part().as_bytes()) {
+            frontier.push(*root.hash_part().as_bytes());
+        }
+    }
+    while !frontier.is_empty() {
+        if (seen.len() as u64).saturating_mul(SWITCH_RATIO) > total {
+            let graph = Graph::load(r)?;
+            let nodes: Option<Vec<Node>> = roots.iter().map(|root| graph.node(root)).collect();
+            let nodes = nodes.expect("the roots were looked up in the same snapshot");
+            let set = graph.closure(nodes, walk);
+            return if set.len() == graph.len() { Ok(graph) } else { graph.restrict(&set) };
+        }
+        let mut next = Vec::new();
+        each_key(r.paths()?, &frontier, |at, view| {
+            let Some(view) = view else {
+                let key = frontier.get(at).copied().unwrap_or_default();
+                return Err(inconsistent(format_args!("'{}' is not valid", HashPart::from_bytes(key))));
+            };
+            found.push(&view)?;
+            found.neighbours(r, &view, walk, |key| {
+                if seen.insert(key) {
+                    next.push(key);
+                }
+            })
+        })?;
+        next.sort_unstable();
+        frontier = next;
+    }
+    found.into_graph()
+}
+
+/// Paths in the order they were come upon.
+#[derive(Default)]
+struct Found {
+    graph: Graph,
+    /// References of all, end to end, and where each ends.
+    references: Vec<[u8; 20]>,
+    ends: Vec<usize>,
+    derivers: Vec<Option<StorePath>>,
+}
+
+impl Found {
+    fn push(&mut self, view: &RecordView<'_>) -> Result<(), DbError> {
+        self.graph.push_node(view)?;
+        self.references.extend_from_slice(view.raw_references());
+        self.ends.push(self.references.len());
+        let deriver = view.deriver().map(DeriverView::to_store_path).transpose();
+        self.derivers.push(deriver.map_err(|source| crate::query::bad_record(view.path(), source))?);
+        Ok(())
+    }
+
+    /// Calls `each` with the keys one step away.
+    fn neighbours(
+        &self,
+        r: &ReadTxn,
+        view: &RecordView<'_>,
+        walk: Walk,
+        mut each: impl FnMut([u8; 20]),
+    ) -> Result<(), DbError> {
+        let path = view.path();
+        let key = path.hash_part();
+        if walk.backward {
+            r.referrer_keys(key.as_bytes())?.into_iter().for_each(&mut each);
+        } else {
+            view.raw_references().iter().copied().for_each(&mut each);
+        }
+        if walk.outputs && walk.backward {
+            for deriver in r.valid_derivers(&path.to_store_path())? {
+                each(*deriver.hash_part().as_bytes());
+            }
+        }
+        if path.is_derivation() && (walk.derivers && walk.backward || walk.outputs && !walk.backward) {
+            for output in r.derivation_outputs(&path.to_store_path())?.values() {
+                let Some(record) = r.record(output)? else { continue };
+                let named = record.view().deriver().is_some_and(|deriver| deriver.is(path));
+                if !walk.backward || named {
+                    each(*output.hash_part().as_bytes());
+                }
+            }
+        }
+        if walk.derivers
+            && !walk.backward
+            && let Some(Some(deriver)) = self.derivers.last()
+            && r.is_valid(deriver)?
+        {
+            each(*deriver.hash_part().as_bytes());
+        }
+        Ok(())
+    }
+
+    fn into_graph(self) -> Result<Graph, DbError> {
+        let mut order: Vec<usize> = (0..self.graph.len()).collect();
+        order.sort_unstable_by_key(|n| self.graph.keys.get(*n));
+        let mut graph = Graph { references: Lists::with_capacity(order.len()), ..Graph::default() };
+        for old in &order {
+            let node = Node(u32::try_from(*old).unwrap_or(NONE));
+            graph.push_name(self.graph.path_ref(node), self.graph.nar_size_bytes(node))?;
+        }
+        graph.index = KeyIndex::new(&graph.keys);
+        for old in order {
+            let start = old.checked_sub(1).and_then(|n| self.ends.get(n)).copied().unwrap_or(0);
+            let end = self.ends.get(old).copied().unwrap_or(start);
+            let references = self.references.get(start..end).unwrap_or_default();
+            graph.references.nodes.extend(references.iter().filter_map(|key| graph.index.find(&graph.keys, key)));
+            graph.references.end_list()?;
+            let deriver = self.derivers.get(old).and_then(Option::as_ref).and_then(|path| graph.node(path));
+            graph.derivers.push(deriver.map_or(NONE, |node| node.0));
+        }
+        Ok(graph)
+    }
+}
+
+/// Depth-first post-order over `members` (ascending), references before referrers; references to
+/// oneself and out of the set are passed over.
+///
+/// A cycle gives the path met again and the one that refers to it. Source: cli, section 6.1.
+pub(crate) fn topological_order<'a>(
+    count: usize,
+    members: impl Iterator<Item = u32>,
+    references: impl Fn(u32) -> &'a [u32],
+    in_set: impl Fn(u32) -> bool,
+) -> Result<Vec<u32>, (u32, u32)> {
+    #[derive(Clone, Copy, PartialEq)]
+    enum State {
+        New,
+        Open,
+        Done,
+    }
+    let mut states = vec![State::New; count];
+    let mut order = Vec::new();
+    let mut stack: Vec<(u32, &[u32])> = Vec::new();
+    let set = |states: &mut Vec<State>, node: u32, state| {
+        if let Some(slot) = states.get_mut(node as usize) {
+            *slot = state;
+        }
+    };
+    for member in members {
+        if states.get(member as usize) != Some(&State::New) {
+            continue;
+        }
+        set(&mut states, member, State::Open);
+        stack.push((member, references(member)));
+        while let Some((node, rest)) = stack.last_mut() {
+            let node = *node;
+            let Some((next, others)) = rest.split_first() else {
+                set(&mut states, node, State::Done);
+                order.push(node);
+                stack.pop();
+                continue;
+            };
+            let next = *next;
+            *rest = others;
+            if next == node || !in_set(next) {
+                continue;
+            }
+            match states.get(next as usize) {
+                Some(State::New) => {
+                    set(&mut states, next, State::Open);
+                    stack.push((next, references(next)));
+                }
+                Some(State::Open) => return Err((next, node)),
+                _ => {}
+            }
+        }
+    }
+    Ok(order)
+}

@@ -1,0 +1,494 @@
+//! The record of a valid path: its bytes, and a view of them without copies.
+//!
+//! Form of version 1 (see `docs/db-format.md`); the hash part is the key and not repeated:
+//!
+//! ```text
+//! version u8 | flags u8 | NAR hash 32 | NAR size u64 LE | registration time u64 LE | name length u8 | name
+//! | count varint, references 20 each, ascending
+//! | deriver: hash part 20, shared prefix u8 [, rest length u8, rest]   (by flags)
+//! | content address: kind u8, digest                                   (by flags)
+//! | signatures: count varint, each: length of key name or text varint * 2 + packed, bytes [, 64 bytes]
+//! ```
+//!
+//! A hand-made form rather than serde's, as the fixed fields lie at fixed places, so that a query
+//! for the hash alone reads nothing else.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use larder_core::content_address::{ContentAddress, Method};
+use larder_core::hash::{Algorithm, Hash, Sha256Digest, encode_base64};
+use larder_core::hash_part::HashPart;
+use larder_core::signature::Signature;
+use larder_core::store_path::{Name, StorePath, StorePathError, check_name};
+
+use crate::codec::{Input, put_varint};
+
+/// The version byte that begins a record.
+const VERSION: u8 = 1;
+
+const ULTIMATE: u8 = 1;
+/// The deriver's name is the shared prefix and `.drv`.
+const DERIVER_SHORT: u8 = 2;
+/// The deriver's name is the shared prefix and the rest that follows.
+const DERIVER_LONG: u8 = 4;
+const CONTENT_ADDRESS: u8 = 8;
+
+/// Why bytes are no record.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecordError {
+    #[error("it ends too early")]
+    Short,
+    #[error("it has version {0}, which is unknown")]
+    Version(u8),
+    #[error("its {0} is impossible")]
+    Field(&'static str),
+}
+
+/// A store path that is borrowed: a hash part and a legal name.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PathRef<'a> {
+    hash_part: HashPart,
+    name: &'a str,
+}
+
+impl<'a> PathRef<'a> {
+    /// Parses a base name without copying it.
+    pub fn parse(base: &'a [u8]) -> Result<Self, StorePathError> {
+        // The error texts are those of `StorePath`; only good input is fast.
+        let parsed = base.split_at_checked(HashPart::TEXT_LEN).and_then(|(hash, rest)| {
+            let name = rest.strip_prefix(b"-")?;
+            check_name(name).ok()?;
+            Some(Self { hash_part: HashPart::parse(hash).ok()?, name: str::from_utf8(name).ok()? })
+        });
+        match parsed {
+            Some(path) => Ok(path),
+            None => Err(match StorePath::from_base_name(base) {
+                Err(error) => error,
+                Ok(path) => unreachable!("'{path}' parses one way only"),
+            }),
+        }
+    }
+
+    /// `name` comes from a record or a `StorePath`, so it is legal.
+    pub(crate) const fn trusted(hash_part: HashPart, name: &'a str) -> Self {
+        Self { hash_part, name }
+    }
+
+    pub const fn hash_part(self) -> HashPart {
+        self.hash_part
+    }
+
+    pub const fn name(self) -> &'a str {
+        self.name
+    }
+
+    pub fn is_derivation(self) -> bool {
+        self.name.strip_suffix(".drv").is_some()
+    }
+
+    pub fn to_store_path(self) -> StorePath {
+        StorePath::new(self.hash_part, Name::new(self.name).expect("the name was checked"))
+    }
+}
+
+impl<'a> From<&'a StorePath> for PathRef<'a> {
+    fn from(path: &'a StorePath) -> Self {
+        Self { hash_part: path.hash_part(), name: path.name().as_str() }
+    }
+}
+
+impl PartialEq<StorePath> for PathRef<'_> {
+    fn eq(&self, other: &StorePath) -> bool {
+        self.hash_part == other.hash_part() && self.name == other.name().as_str()
+    }
+}
+
+impl fmt::Display for PathRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.hash_part, self.name)
+    }
+}
+
+impl fmt::Debug for PathRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A deriver as a record keeps it: the name in two pieces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeriverView<'a> {
+    pub hash_part: HashPart,
+    pub name: [&'a str; 2],
+}
+
+impl DeriverView<'_> {
+    pub fn to_store_path(self) -> Result<StorePath, RecordError> {
+        let name = Name::new(&self.name.concat()).map_err(|_| RecordError::Field("deriver"))?;
+        Ok(StorePath::new(self.hash_part, name))
+    }
+
+    /// Is it this path?
+    pub fn is(self, path: PathRef<'_>) -> bool {
+        let [prefix, rest] = self.name;
+        self.hash_part == path.hash_part && path.name.strip_prefix(prefix) == Some(rest)
+    }
+}
+
+impl fmt::Display for DeriverView<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [prefix, rest] = self.name;
+        write!(f, "{}-{prefix}{rest}", self.hash_part)
+    }
+}
+
+/// One signature: `NAME:` and the text or the bytes that follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SignatureView<'a> {
+    Packed { key_name: &'a str, bytes: &'a [u8; 64] },
+    Text(&'a str),
+}
+
+impl fmt::Display for SignatureView<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Packed { key_name, bytes } => write!(f, "{key_name}:{}", encode_base64(*bytes)),
+            Self::Text(text) => f.write_str(text),
+        }
+    }
+}
+
+/// What the ledger knows of a valid path, borrowed from the page it lies on.
+#[derive(Debug, Clone, Copy)]
+pub struct RecordView<'a> {
+    path: PathRef<'a>,
+    flags: u8,
+    pub nar_hash: Sha256Digest,
+    pub nar_size_bytes: u64,
+    /// Seconds since 1970.
+    pub registration_time_s: u64,
+    references: &'a [[u8; 20]],
+    deriver: Option<DeriverView<'a>>,
+    /// Content address and signatures, read when asked for.
+    tail: &'a [u8],
+}
+
+impl<'a> RecordView<'a> {
+    /// Reads all but content address and signatures, which only show when asked for.
+    pub(crate) fn parse(key: &[u8; 20], bytes: &'a [u8]) -> Result<Self, RecordError> {
+        let mut input = Input(bytes);
+        let version = input.byte().ok_or(RecordError::Short)?;
+        if version != VERSION {
+            return Err(RecordError::Version(version));
+        }
+        Self::parse_body(key, input).ok_or(RecordError::Short)?
+    }
+
+    fn parse_body(key: &[u8; 20], mut input: Input<'a>) -> Option<Result<Self, RecordError>> {
+        let flags = input.byte()?;
+        let nar_hash = Sha256Digest(*input.array()?);
+        let nar_size_bytes = u64::from_le_bytes(*input.array()?);
+        let registration_time_s = u64::from_le_bytes(*input.array()?);
+        let len = usize::from(input.byte()?);
+        let name = input.take(len)?;
+        let Some(name) = check_name(name).ok().and_then(|()| str::from_utf8(name).ok()) else {
+            return Some(Err(RecordError::Field("name")));
+        };
+        let count = usize::try_from(input.varint()?).ok()?;
+        let (references, _) = input.take(count.checked_mul(20)?)?.as_chunks::<20>();
+        let deriver = if flags & (DERIVER_SHORT | DERIVER_LONG) == 0 {
+            None
+        } else {
+            let hash_part = HashPart::from_bytes(*input.array()?);
+            let shared = usize::from(input.byte()?);
+            let rest = if flags & DERIVER_SHORT != 0 {
+                Some(".drv")
+            } else {
+                let len = usize::from(input.byte()?);
+                str::from_utf8(input.take(len)?).ok()
+            };
+            match (name.get(..shared), rest) {
+                (Some(prefix), Some(rest)) => Some(DeriverView { hash_part, name: [prefix, rest] }),
+                _ => return Some(Err(RecordError::Field("deriver"))),
+            }
+        };
+        let path = PathRef { hash_part: HashPart::from_bytes(*key), name };
+        let tail = input.0;
+        Some(Ok(Self { path, flags, nar_hash, nar_size_bytes, registration_time_s, references, deriver, tail }))
+    }
+
+    pub const fn path(&self) -> PathRef<'a> {
+        self.path
+    }
+
+    /// Built here, so trusted without signatures.
+    pub const fn ultimate(&self) -> bool {
+        self.flags & ULTIMATE != 0
+    }
+
+    /// Hash parts of the references, ascending; may hold the path itself.
+    pub fn references(&self) -> impl ExactSizeIterator<Item = HashPart> + use<'a> {
+        self.references.iter().map(|bytes| HashPart::from_bytes(*bytes))
+    }
+
+    pub(crate) const fn raw_references(&self) -> &'a [[u8; 20]] {
+        self.references
+    }
+
+    pub fn refers_to_itself(&self) -> bool {
+        self.references.binary_search(self.path.hash_part.as_bytes()).is_ok()
+    }
+
+    pub const fn deriver(&self) -> Option<DeriverView<'a>> {
+        self.deriver
+    }
+
+    pub fn content_address(&self) -> Result<Option<ContentAddress>, RecordError> {
+        self.split_tail().map(|(address, _)| address)
+    }
+
+    pub fn signatures(&self) -> Result<Vec<SignatureView<'a>>, RecordError> {
+        let (_, rest) = self.split_tail()?;
+        let mut input = Input(rest);
+        let count = input.varint().ok_or(RecordError::Short)?;
+        let mut all = Vec::new();
+        for _ in 0..count {
+            all.push(read_signature(&mut input).ok_or(RecordError::Field("signature"))?);
+        }
+        if input.0.is_empty() { Ok(all) } else { Err(RecordError::Field("length")) }
+    }
+
+    fn split_tail(&self) -> Result<(Option<ContentAddress>, &'a [u8]), RecordError> {
+        let mut input = Input(self.tail);
+        let address = if self.flags & CONTENT_ADDRESS == 0 {
+            None
+        } else {
+            Some(read_content_address(&mut input).ok_or(RecordError::Field("content address"))?)
+        };
+        Ok((address, input.0))
+    }
+
+    /// Everything but the names of the references, which the caller has.
+    pub(crate) fn to_record(self) -> Result<Record, RecordError> {
+        let signatures = self.signatures()?;
+        let signatures = signatures.iter().map(|signature| signature.to_string().parse::<Signature>());
+        Ok(Record {
+            path: self.path.to_store_path(),
+            nar_hash: self.nar_hash,
+            nar_size_bytes: self.nar_size_bytes,
+            registration_time_s: self.registration_time_s,
+            ultimate: self.ultimate(),
+            references: self.references.to_vec(),
+            deriver: self.deriver.map(DeriverView::to_store_path).transpose()?,
+            content_address: self.content_address()?,
+            signatures: signatures.collect::<Result<_, _>>().map_err(|_| RecordError::Field("signature"))?,
+        })
+    }
+}
+
+/// A record with its own memory, for the few places that change one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Record {
+    pub(crate) path: StorePath,
+    pub(crate) nar_hash: Sha256Digest,
+    pub(crate) nar_size_bytes: u64,
+    pub(crate) registration_time_s: u64,
+    pub(crate) ultimate: bool,
+    /// Ascending, no duplicates.
+    pub(crate) references: Vec<[u8; 20]>,
+    pub(crate) deriver: Option<StorePath>,
+    pub(crate) content_address: Option<ContentAddress>,
+    pub(crate) signatures: BTreeSet<Signature>,
+}
+
+impl Record {
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        Fields {
+            name: self.path.name().as_str(),
+            nar_hash: &self.nar_hash,
+            nar_size_bytes: self.nar_size_bytes,
+            registration_time_s: self.registration_time_s,
+            ultimate: self.ultimate,
+            deriver: self.deriver.as_ref().map(PathRef::from),
+            content_address: self.content_address.as_ref(),
+        }
+        .encode(out, self.references.len(), self.references.iter(), self.signatures.iter());
+    }
+}
+
+/// What is written, borrowed; references and signatures are given to [`Fields::encode`].
+pub(crate) struct Fields<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) nar_hash: &'a Sha256Digest,
+    pub(crate) nar_size_bytes: u64,
+    pub(crate) registration_time_s: u64,
+    pub(crate) ultimate: bool,
+    pub(crate) deriver: Option<PathRef<'a>>,
+    pub(crate) content_address: Option<&'a ContentAddress>,
+}
+
+impl Fields<'_> {
+    /// Replaces `out` by the record. `references` must ascend.
+    pub(crate) fn encode<'r>(
+        &self,
+        out: &mut Vec<u8>,
+        count: usize,
+        references: impl Iterator<Item = &'r [u8; 20]>,
+        signatures: impl ExactSizeIterator<Item = &'r Signature>,
+    ) {
+        let deriver = self.deriver.map(|deriver| (deriver, shared_prefix(self.name, deriver.name)));
+        let mut flags = 0;
+        if self.ultimate {
+            flags |= ULTIMATE;
+        }
+        if let Some((_, (_, rest))) = deriver {
+            flags |= if rest == ".drv" { DERIVER_SHORT } else { DERIVER_LONG };
+        }
+        if self.content_address.is_some() {
+            flags |= CONTENT_ADDRESS;
+        }
+        out.clear();
+        out.extend_from_slice(&[VERSION, flags]);
+        out.extend_from_slice(self.nar_hash.as_bytes());
+        out.extend_from_slice(&self.nar_size_bytes.to_le_bytes());
+        out.extend_from_slice(&self.registration_time_s.to_le_bytes());
+        put_short(out, self.name);
+        put_varint(out, count as u64);
+        for reference in references {
+            out.extend_from_slice(reference);
+        }
+        if let Some((deriver, (shared, rest))) = deriver {
+            out.extend_from_slice(deriver.hash_part.as_bytes());
+            out.push(shared);
+            if rest != ".drv" {
+                put_short(out, rest);
+            }
+        }
+        if let Some(address) = self.content_address {
+            put_content_address(out, address);
+        }
+        put_varint(out, signatures.len() as u64);
+        for signature in signatures {
+            put_signature(out, signature);
+        }
+    }
+}
+
+/// A legal name is at most 211 bytes long.
+fn put_short(out: &mut Vec<u8>, text: &str) {
+    out.push(u8::try_from(text.len()).expect("a legal name is shorter than 256 bytes"));
+    out.extend_from_slice(text.as_bytes());
+}
+
+/// How much of its beginning `name` shares with `own`, and what remains.
+fn shared_prefix<'a>(own: &str, name: &'a str) -> (u8, &'a str) {
+    let mut shared = own.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
+    // The short form is wanted for `x.d` derived by `x.drv` too.
+    if let Some(stem) = name.strip_suffix(".drv") {
+        shared = shared.min(stem.len());
+    }
+    (u8::try_from(shared).expect("a legal name is shorter than 256 bytes"), name.get(shared..).unwrap_or_default())
+}
+
+fn put_content_address(out: &mut Vec<u8>, address: &ContentAddress) {
+    match address {
+        ContentAddress::Text(digest) => {
+            out.push(0);
+            out.extend_from_slice(digest.as_bytes());
+        }
+        ContentAddress::Fixed(method, hash) => {
+            let method = match method {
+                Method::Flat => 0u8,
+                Method::Recursive => 1,
+                Method::Git => 2,
+            };
+            let algorithm = match hash.algorithm() {
+                Algorithm::Md5 => 0u8,
+                Algorithm::Sha1 => 1,
+                Algorithm::Sha256 => 2,
+                Algorithm::Sha512 => 3,
+            };
+            out.push(1 + method * 4 + algorithm);
+            out.extend_from_slice(hash.as_bytes());
+        }
+    }
+}
+
+fn read_content_address(input: &mut Input<'_>) -> Option<ContentAddress> {
+    let Some(kind) = input.byte()?.checked_sub(1) else {
+        return Some(ContentAddress::Text(Sha256Digest(*input.array()?)));
+    };
+    let method = match kind / 4 {
+        0 => Method::Flat,
+        1 => Method::Recursive,
+        2 => Method::Git,
+        _ => return None,
+    };
+    let algorithm = match kind % 4 {
+        0 => Algorithm::Md5,
+        1 => Algorithm::Sha1,
+        2 => Algorithm::Sha256,
+        _ => Algorithm::Sha512,
+    };
+    Some(ContentAddress::Fixed(method, Hash::new(algorithm, input.take(algorithm.size())?)?))
+}
+
+fn put_signature(out: &mut Vec<u8>, signature: &Signature) {
+    let (text, key_name) = (signature.as_str(), signature.key_name());
+    // Base 64 has more than one text for 64 bytes (padding); only the usual one is packed.
+    let packed = signature
+        .bytes()
+        .filter(|bytes| text.get(key_name.len() + 1..).is_some_and(|encoded| encoded == encode_base64(bytes)));
+    if let Some(bytes) = packed {
+        put_varint(out, key_name.len() as u64 * 2 + 1);
+        out.extend_from_slice(key_name.as_bytes());
+        out.extend_from_slice(&bytes);
+    } else {
+        put_varint(out, text.len() as u64 * 2);
+        out.extend_from_slice(text.as_bytes());
+    }
+}
+
+fn read_signature<'a>(input: &mut Input<'a>) -> Option<SignatureView<'a>> {
+    let head = input.varint()?;
+    let text = str::from_utf8(input.take(usize::try_from(head / 2).ok()?)?).ok()?;
+    if head % 2 == 0 {
+        return Some(SignatureView::Text(text));
+    }
+    Some(SignatureView::Packed { key_name: text, bytes: input.array()? })
+}
+
+/// The value that names an output of a derivation: a hash part, and the name where it is not the
+/// usual `NAME` or `NAME-OUTPUT`.
+pub(crate) fn encode_output(out: &mut Vec<u8>, derivation_name: &str, output: &str, path: PathRef<'_>) {
+    out.clear();
+    out.extend_from_slice(path.hash_part.as_bytes());
+    if !is_usual_output(derivation_name, output, path.name) {
+        out.extend_from_slice(path.name.as_bytes());
+    }
+}
+
+fn is_usual_output(derivation_name: &str, output: &str, name: &str) -> bool {
+    let stem = derivation_name.strip_suffix(".drv").unwrap_or(derivation_name);
+    match name.strip_prefix(stem) {
+        Some("") => output == "out",
+        Some(rest) => output != "out" && rest.strip_prefix('-') == Some(output),
+        None => false,
+    }
+}
+
+/// Reads what [`encode_output`] wrote.
+pub(crate) fn read_output(derivation_name: &str, output: &str, bytes: &[u8]) -> Result<StorePath, RecordError> {
+    let (hash_part, name) = bytes.split_first_chunk::<20>().ok_or(RecordError::Short)?;
+    let wrong = || RecordError::Field("output name");
+    let name = if name.is_empty() {
+        let stem = derivation_name.strip_suffix(".drv").unwrap_or(derivation_name);
+        Name::new(stem).and_then(|stem| stem.for_output(output)).map_err(|_| wrong())?
+    } else {
+        let text = str::from_utf8(name).map_err(|_| wrong())?;
+        Name::new(text).map_err(|_| wrong())?
+    };
+    Ok(StorePath::new(HashPart::from_bytes(*hash_part), name))
+}
