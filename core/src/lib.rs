@@ -3,12 +3,19 @@
 //! Everything here is a value or a function of values: no files, no clock, no environment and
 //! no `/nix/store` as a constant (a [`store_dir::StoreDir`] is passed).
 
+#[cfg(any(test, feature = "testing"))]
+pub mod arb;
 pub mod base32;
 pub mod content_address;
+pub mod export;
 pub mod hash;
 pub mod hash_part;
 pub mod path_info;
+pub mod refscan;
+pub mod registration;
 pub mod report;
 pub mod signature;
 pub mod store_dir;
 pub mod store_path;
+#[cfg(test)]
+mod test_vectors;

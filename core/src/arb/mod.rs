@@ -1,0 +1,3 @@
+//! Generators for properties, also for the tests of other crates (feature `testing`).
+
+pub mod texts;
