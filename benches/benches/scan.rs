@@ -3,8 +3,11 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use larder_core::hash::Sha256Digest;
 use larder_core::hash_part::HashPart;
 use larder_core::refscan::Scanner;
+use larder_core::registration::{Form, Parser, PathRef, write_record};
+use larder_core::store_dir::StoreDir;
 
 const SIZE: usize = 16 << 20;
 
@@ -96,5 +99,51 @@ fn refscan(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, refscan);
+/// 100k paths with 690k references: about 60 MB of text.
+fn registration(c: &mut Criterion) {
+    let mut bits = Bits(0x2545_f491_4f6c_dd1d);
+    let dir = StoreDir::new("/nix/store").expect("a fine directory");
+    let names: Vec<String> = (0..1000).map(|n| format!("some-package-{}.{n}", n % 7)).collect();
+    let paths: Vec<PathRef<'_>> =
+        (0..100_000).map(|n| PathRef { hash_part: bits.part(), name: &names[n % names.len()] }).collect();
+    let references: Vec<Vec<PathRef<'_>>> = (0..paths.len())
+        .map(|_| (0..6 + usize::from(bits.below(10) < 9)).map(|_| paths[bits.below(paths.len())]).collect())
+        .collect();
+    let hash = Sha256Digest([0xab; 32]);
+    // As to a pipe: the buffer is given away whenever it is full.
+    let write = |full: &mut dyn FnMut(&[u8])| {
+        let mut out = Vec::with_capacity(1 << 18);
+        for (path, references) in paths.iter().zip(&references) {
+            let deriver = Some(*path);
+            write_record(&mut out, &dir, *path, Some((&hash, 123_456)), deriver, references.iter().copied());
+            if out.len() > 1 << 17 {
+                full(&out);
+                out.clear();
+            }
+        }
+        full(&out);
+    };
+    let mut text = Vec::new();
+    write(&mut |piece| text.extend_from_slice(piece));
+    let mut group = c.benchmark_group("registration_100k_paths_690k_references");
+    group.throughput(Throughput::Bytes(text.len() as u64)).sample_size(10);
+    group.bench_function("write", |b| b.iter(|| write(&mut |piece| _ = black_box(piece.last()))));
+    group.bench_function("parse", |b| {
+        b.iter(|| {
+            let mut parser = Parser::new(&dir, Form::WithHash);
+            let mut count = 0;
+            for piece in text.chunks(1 << 16) {
+                parser.push(piece);
+                while let Some(record) = parser.next_record().expect("fine text") {
+                    count += record.references().map(|r| r.name.len()).sum::<usize>();
+                }
+            }
+            parser.finish().expect("whole");
+            black_box(count)
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, refscan, registration);
 criterion_main!(benches);

@@ -3,16 +3,12 @@
 //! Everything here is a value or a function of values: no files, no clock, no environment and
 //! no `/nix/store` as a constant (a [`store_dir::StoreDir`] is passed).
 
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 #[expect(clippy::indexing_slicing, reason = "tests may panic")]
 pub mod arb;
 pub mod base32;
 pub mod content_address;
 pub mod derivation;
-#[cfg(any(test, feature = "testing"))]
-pub mod arb;
-pub mod base32;
-pub mod content_address;
 pub mod export;
 pub mod hash;
 pub mod hash_part;

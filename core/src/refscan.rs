@@ -22,7 +22,8 @@ const WINDOW: usize = HashPart::TEXT_LEN;
 /// Bytes that choose the jump.
 const GRAM: usize = 8;
 /// The jump where those bytes occur in no needle.
-const FAR: u8 = (WINDOW - GRAM + 1) as u8;
+const FAR: u8 = 25;
+const _: () = assert!(FAR as usize == WINDOW - GRAM + 1);
 /// How many jumps of [`FAR`] are tried side by side.
 const AHEAD: usize = 4;
 /// Bytes from the first gram of such a try to the end of its last.
@@ -60,10 +61,11 @@ pub struct Scanner {
     tail_len: usize,
 }
 
-/// The slot of a gram, before it is shifted down (Fibonacci hashing).
-#[inline(always)]
-fn spread(gram: [u8; GRAM]) -> u64 {
-    u64::from_le_bytes(gram).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+/// The slot of a gram (Fibonacci hashing).
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "at most 22 bits are left")]
+fn slot(gram: [u8; GRAM], down: u32) -> usize {
+    (u64::from_le_bytes(gram).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> down) as usize
 }
 
 impl Scanner {
@@ -77,7 +79,7 @@ impl Scanner {
         for needle in &wanted {
             for (rest, gram) in (0..FAR).rev().zip(needle.windows(GRAM)) {
                 let gram = gram.try_into().expect("windows have the size asked for");
-                if let Some(jump) = jumps.get_mut((spread(gram) >> down) as usize) {
+                if let Some(jump) = jumps.get_mut(slot(gram, down)) {
                     *jump = rest.min(*jump);
                 }
             }
@@ -169,10 +171,10 @@ impl Scanner {
         }
     }
 
-    #[inline(always)]
+    #[inline]
     fn jump(&self, gram: [u8; GRAM]) -> u8 {
         // The index is always in range; 0 would look closer.
-        self.jumps.get((spread(gram) >> self.down) as usize).copied().unwrap_or(0)
+        self.jumps.get(slot(gram, self.down)).copied().unwrap_or(0)
     }
 
     /// Compares the window whose last gram is at `at`. Is all found now?
@@ -188,7 +190,7 @@ impl Scanner {
     }
 }
 
-#[inline(always)]
+#[inline]
 fn gram_at(reach: &[u8; REACH], at: usize) -> [u8; GRAM] {
     reach.get(at..).and_then(<[u8]>::first_chunk).copied().unwrap_or_default()
 }

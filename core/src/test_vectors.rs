@@ -36,15 +36,6 @@ pub(crate) fn nar_of(tree: &Value) -> Vec<u8> {
     out
 }
 
-/// The NAR of a regular file that is not executable.
-pub(crate) fn nar_of_file(contents: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    for text in [b"nix-archive-1".as_slice(), b"(", b"type", b"regular", b"contents", contents, b")"] {
-        token(&mut out, text);
-    }
-    out
-}
-
 fn token(out: &mut Vec<u8>, text: &[u8]) {
     out.extend_from_slice(&(text.len() as u64).to_le_bytes());
     out.extend_from_slice(text);

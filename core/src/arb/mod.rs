@@ -2,9 +2,7 @@
 //!
 //! For tests only (feature `testing`).
 
-pub mod nar;
 pub mod derivation;
+pub mod nar;
 pub mod paths;
-//! Generators for properties, also for the tests of other crates (feature `testing`).
-
 pub mod texts;

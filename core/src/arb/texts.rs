@@ -4,7 +4,11 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
+use crate::export::Object;
+use crate::hash::Sha256Digest;
 use crate::hash_part::HashPart;
+use crate::registration::{Form, Record};
+use crate::store_path::{Name, StorePath};
 
 /// Any hash part; now and then one of few letters, so that needles overlap.
 pub fn hash_part() -> impl Strategy<Value = HashPart> {
@@ -32,4 +36,70 @@ pub fn haystack() -> impl Strategy<Value = (BTreeSet<HashPart>, Vec<u8>)> {
         let bytes = prop::collection::vec(piece, 0..12).prop_map(|pieces| pieces.concat());
         (Just(parts.into_iter().collect()), bytes)
     })
+}
+
+/// Names, mostly short; some as long as they may be, some with a dot at the front.
+pub fn name() -> impl Strategy<Value = Name> {
+    prop_oneof![
+        6 => "[0-9a-zA-Z+_?=-][0-9a-zA-Z+._?=-]{0,20}",
+        1 => "[0-9a-z-]{1,20}\\.drv",
+        1 => r"\.[0-9a-z+_?=][0-9a-z.-]{0,10}",
+        1 => "[0-9a-z]{200,211}",
+    ]
+    .prop_map(|text| Name::new(&text).expect("made of name characters"))
+}
+
+pub fn store_path() -> impl Strategy<Value = StorePath> {
+    (hash_part(), name()).prop_map(|(hash_part, name)| StorePath::new(hash_part, name))
+}
+
+pub fn sha256() -> impl Strategy<Value = Sha256Digest> {
+    any::<[u8; 32]>().prop_map(Sha256Digest)
+}
+
+/// A set of paths, and maybe one more.
+pub fn references() -> impl Strategy<Value = BTreeSet<StorePath>> {
+    prop::collection::btree_set(store_path(), 0..8)
+}
+
+/// A registration record of the given form; it may refer to itself.
+pub fn record(form: Form) -> impl Strategy<Value = Record> {
+    let parts = (store_path(), sha256(), any::<u64>(), prop::option::of(store_path()), references(), any::<bool>());
+    parts.prop_map(move |(path, hash, size, deriver, mut references, to_self)| {
+        if to_self {
+            references.insert(path.clone());
+        }
+        Record { path, hash_size: (form == Form::WithHash).then_some((hash, size)), deriver, references }
+    })
+}
+
+pub fn form() -> impl Strategy<Value = Form> {
+    prop::sample::select(vec![Form::WithHash, Form::WithoutHash])
+}
+
+/// Spoils bytes at one place: a byte changed, removed or put in, or the end cut off.
+///
+/// For well-formed input, to get past the first check of a parser.
+pub fn spoiled(bytes: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
+    let interesting = prop::sample::select(b"\n \t\0/-.+=#:;,\xff\x80aez019\r".to_vec());
+    let byte = prop_oneof![any::<u8>(), interesting];
+    (0..=bytes.len(), 0..4, byte).prop_map(move |(at, how, byte)| {
+        let mut bytes = bytes.clone();
+        match how {
+            0 => bytes.truncate(at),
+            1 => bytes.insert(at, byte),
+            2 if at < bytes.len() => drop(bytes.remove(at)),
+            _ => {
+                if let Some(b) = bytes.get_mut(at) {
+                    *b = byte;
+                }
+            }
+        }
+        bytes
+    })
+}
+
+/// What an export stream says of an object.
+pub fn object() -> impl Strategy<Value = Object> {
+    record(Form::WithoutHash).prop_map(|r| Object { path: r.path, references: r.references, deriver: r.deriver })
 }
