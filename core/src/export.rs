@@ -282,9 +282,9 @@ pub fn write_trailer<'a>(
 }
 
 fn write_path(out: &mut Vec<u8>, dir: &StoreDir, path: PathRef<'_>) {
-    let length = dir.as_str().len() + 34 + path.name.len();
+    let length = dir.as_str().len() + 34 + path.name().len();
     out.extend_from_slice(&(length as u64).to_le_bytes());
-    for piece in [dir.as_str().as_bytes(), b"/", &path.hash_part.to_text(), b"-", path.name.as_bytes()] {
+    for piece in [dir.as_str().as_bytes(), b"/", &path.hash_part().to_text(), b"-", path.name().as_bytes()] {
         out.extend_from_slice(piece);
     }
     out.extend_from_slice([0u8; 7].split_at(length.next_multiple_of(8) - length).0);

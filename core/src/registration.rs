@@ -17,7 +17,8 @@ use crate::hash::{HashError, Sha256Digest};
 use crate::hash_part::HashPart;
 use crate::path_info::PathInfo;
 use crate::store_dir::StoreDir;
-use crate::store_path::{MAX_NAME_LEN, Name, StorePath, StorePathError, check_name, is_name_byte};
+pub use crate::store_path::PathRef;
+use crate::store_path::{MAX_NAME_LEN, StorePath, StorePathError, check_name, is_name_byte};
 
 /// Longest line read, in bytes. Store paths need far less; spare for odd spellings (`//`).
 pub const MAX_LINE: usize = 64 << 10;
@@ -52,26 +53,6 @@ pub enum RegistrationError {
     References { path: String, count: u64 },
     #[error("line is longer than {MAX_LINE} bytes: it begins '{begin}'")]
     LongLine { begin: String },
-}
-
-/// A store path that borrows its name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PathRef<'a> {
-    pub hash_part: HashPart,
-    /// Follows the rules of [`Name`].
-    pub name: &'a str,
-}
-
-impl PathRef<'_> {
-    pub fn to_store_path(self) -> StorePath {
-        StorePath::new(self.hash_part, Name::new(self.name).expect("checked when it was parsed"))
-    }
-}
-
-impl<'a> From<&'a StorePath> for PathRef<'a> {
-    fn from(path: &'a StorePath) -> Self {
-        Self { hash_part: path.hash_part(), name: path.name().as_str() }
-    }
 }
 
 /// A record as the parser lends it.
@@ -134,7 +115,7 @@ impl Span {
     fn of(self, text: &[u8]) -> PathRef<'_> {
         let name = text.get(self.name_at..).and_then(|t| t.get(..usize::from(self.name_len)));
         let name = std::str::from_utf8(name.unwrap_or_default()).expect("a checked name is ASCII");
-        PathRef { hash_part: self.hash_part, name }
+        PathRef::trusted(self.hash_part, name)
     }
 }
 
@@ -164,7 +145,7 @@ enum Line {
 /// let mut parser = Parser::new(&dir, Form::WithoutHash);
 /// parser.push(b"/nix/store/0c0mv0v7jmmvwkr0fqm8jrc4clmz2w1c-x\n\n0\n");
 /// let record = parser.next_record()?.expect("a whole record");
-/// assert_eq!(record.path.name, "x");
+/// assert_eq!(record.path.name(), "x");
 /// assert!(parser.next_record()?.is_none());
 /// parser.finish()?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -400,12 +381,12 @@ pub fn write_path_info(out: &mut Vec<u8>, dir: &StoreDir, info: &PathInfo) {
 
 /// Appends a full path and a line feed.
 pub fn write_path(out: &mut Vec<u8>, dir: &StoreDir, path: PathRef<'_>) {
-    out.reserve(dir.as_str().len() + HashPart::TEXT_LEN + path.name.len() + 3);
+    out.reserve(dir.as_str().len() + HashPart::TEXT_LEN + path.name().len() + 3);
     out.extend_from_slice(dir.as_str().as_bytes());
     out.push(b'/');
-    out.extend_from_slice(&path.hash_part.to_text());
+    out.extend_from_slice(&path.hash_part().to_text());
     out.push(b'-');
-    out.extend_from_slice(path.name.as_bytes());
+    out.extend_from_slice(path.name().as_bytes());
     out.push(b'\n');
 }
 

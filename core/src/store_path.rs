@@ -162,6 +162,77 @@ impl StorePath {
     }
 }
 
+/// A store path that is borrowed: a hash part and a legal name.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PathRef<'a> {
+    hash_part: HashPart,
+    name: &'a str,
+}
+
+impl<'a> PathRef<'a> {
+    /// Parses a base name without copying it.
+    pub fn parse(base: &'a [u8]) -> Result<Self, StorePathError> {
+        // The error texts are those of `StorePath`; only good input is fast.
+        let parsed = base.split_at_checked(HashPart::TEXT_LEN).and_then(|(hash, rest)| {
+            let name = rest.strip_prefix(b"-")?;
+            check_name(name).ok()?;
+            Some(Self { hash_part: HashPart::parse(hash).ok()?, name: std::str::from_utf8(name).ok()? })
+        });
+        match parsed {
+            Some(path) => Ok(path),
+            None => Err(match StorePath::from_base_name(base) {
+                Err(error) => error,
+                Ok(path) => unreachable!("'{path}' parses one way only"),
+            }),
+        }
+    }
+
+    /// For a name that was checked before: one of a record, or of a `StorePath`.
+    pub const fn trusted(hash_part: HashPart, name: &'a str) -> Self {
+        Self { hash_part, name }
+    }
+
+    pub const fn hash_part(self) -> HashPart {
+        self.hash_part
+    }
+
+    pub const fn name(self) -> &'a str {
+        self.name
+    }
+
+    pub fn is_derivation(self) -> bool {
+        self.name.strip_suffix(".drv").is_some()
+    }
+
+    pub fn to_store_path(self) -> StorePath {
+        StorePath::new(self.hash_part, Name::new(self.name).expect("the name was checked"))
+    }
+}
+
+impl<'a> From<&'a StorePath> for PathRef<'a> {
+    fn from(path: &'a StorePath) -> Self {
+        Self { hash_part: path.hash_part(), name: path.name().as_str() }
+    }
+}
+
+impl PartialEq<StorePath> for PathRef<'_> {
+    fn eq(&self, other: &StorePath) -> bool {
+        self.hash_part == other.hash_part() && self.name == other.name().as_str()
+    }
+}
+
+impl fmt::Display for PathRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.hash_part, self.name)
+    }
+}
+
+impl fmt::Debug for PathRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 impl FromStr for StorePath {
     type Err = StorePathError;
     fn from_str(text: &str) -> Result<Self, StorePathError> {

@@ -20,7 +20,8 @@ use larder_core::content_address::{ContentAddress, Method};
 use larder_core::hash::{Algorithm, Hash, Sha256Digest, encode_base64};
 use larder_core::hash_part::HashPart;
 use larder_core::signature::Signature;
-use larder_core::store_path::{Name, StorePath, StorePathError, check_name};
+pub use larder_core::store_path::PathRef;
+use larder_core::store_path::{Name, StorePath, check_name};
 
 use crate::codec::{Input, put_varint};
 
@@ -46,77 +47,6 @@ pub enum RecordError {
     Field(&'static str),
 }
 
-/// A store path that is borrowed: a hash part and a legal name.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PathRef<'a> {
-    hash_part: HashPart,
-    name: &'a str,
-}
-
-impl<'a> PathRef<'a> {
-    /// Parses a base name without copying it.
-    pub fn parse(base: &'a [u8]) -> Result<Self, StorePathError> {
-        // The error texts are those of `StorePath`; only good input is fast.
-        let parsed = base.split_at_checked(HashPart::TEXT_LEN).and_then(|(hash, rest)| {
-            let name = rest.strip_prefix(b"-")?;
-            check_name(name).ok()?;
-            Some(Self { hash_part: HashPart::parse(hash).ok()?, name: str::from_utf8(name).ok()? })
-        });
-        match parsed {
-            Some(path) => Ok(path),
-            None => Err(match StorePath::from_base_name(base) {
-                Err(error) => error,
-                Ok(path) => unreachable!("'{path}' parses one way only"),
-            }),
-        }
-    }
-
-    /// `name` comes from a record or a `StorePath`, so it is legal.
-    pub(crate) const fn trusted(hash_part: HashPart, name: &'a str) -> Self {
-        Self { hash_part, name }
-    }
-
-    pub const fn hash_part(self) -> HashPart {
-        self.hash_part
-    }
-
-    pub const fn name(self) -> &'a str {
-        self.name
-    }
-
-    pub fn is_derivation(self) -> bool {
-        self.name.strip_suffix(".drv").is_some()
-    }
-
-    pub fn to_store_path(self) -> StorePath {
-        StorePath::new(self.hash_part, Name::new(self.name).expect("the name was checked"))
-    }
-}
-
-impl<'a> From<&'a StorePath> for PathRef<'a> {
-    fn from(path: &'a StorePath) -> Self {
-        Self { hash_part: path.hash_part(), name: path.name().as_str() }
-    }
-}
-
-impl PartialEq<StorePath> for PathRef<'_> {
-    fn eq(&self, other: &StorePath) -> bool {
-        self.hash_part == other.hash_part() && self.name == other.name().as_str()
-    }
-}
-
-impl fmt::Display for PathRef<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.hash_part, self.name)
-    }
-}
-
-impl fmt::Debug for PathRef<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
 /// A deriver as a record keeps it: the name in two pieces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeriverView<'a> {
@@ -133,7 +63,7 @@ impl DeriverView<'_> {
     /// Is it this path?
     pub fn is(self, path: PathRef<'_>) -> bool {
         let [prefix, rest] = self.name;
-        self.hash_part == path.hash_part && path.name.strip_prefix(prefix) == Some(rest)
+        self.hash_part == path.hash_part() && path.name().strip_prefix(prefix) == Some(rest)
     }
 }
 
@@ -214,7 +144,7 @@ impl<'a> RecordView<'a> {
                 _ => return Some(Err(RecordError::Field("deriver"))),
             }
         };
-        let path = PathRef { hash_part: HashPart::from_bytes(*key), name };
+        let path = PathRef::trusted(HashPart::from_bytes(*key), name);
         let tail = input.0;
         Some(Ok(Self { path, flags, nar_hash, nar_size_bytes, registration_time_s, references, deriver, tail }))
     }
@@ -238,7 +168,7 @@ impl<'a> RecordView<'a> {
     }
 
     pub fn refers_to_itself(&self) -> bool {
-        self.references.binary_search(self.path.hash_part.as_bytes()).is_ok()
+        self.references.binary_search(self.path.hash_part().as_bytes()).is_ok()
     }
 
     pub const fn deriver(&self) -> Option<DeriverView<'a>> {
@@ -338,7 +268,7 @@ impl Fields<'_> {
         references: impl Iterator<Item = &'r [u8; 20]>,
         signatures: impl ExactSizeIterator<Item = &'r Signature>,
     ) {
-        let deriver = self.deriver.map(|deriver| (deriver, shared_prefix(self.name, deriver.name)));
+        let deriver = self.deriver.map(|deriver| (deriver, shared_prefix(self.name, deriver.name())));
         let mut flags = 0;
         if self.ultimate {
             flags |= ULTIMATE;
@@ -360,7 +290,7 @@ impl Fields<'_> {
             out.extend_from_slice(reference);
         }
         if let Some((deriver, (shared, rest))) = deriver {
-            out.extend_from_slice(deriver.hash_part.as_bytes());
+            out.extend_from_slice(deriver.hash_part().as_bytes());
             out.push(shared);
             if rest != ".drv" {
                 put_short(out, rest);
@@ -464,9 +394,9 @@ fn read_signature<'a>(input: &mut Input<'a>) -> Option<SignatureView<'a>> {
 /// usual `NAME` or `NAME-OUTPUT`.
 pub(crate) fn encode_output(out: &mut Vec<u8>, derivation_name: &str, output: &str, path: PathRef<'_>) {
     out.clear();
-    out.extend_from_slice(path.hash_part.as_bytes());
-    if !is_usual_output(derivation_name, output, path.name) {
-        out.extend_from_slice(path.name.as_bytes());
+    out.extend_from_slice(path.hash_part().as_bytes());
+    if !is_usual_output(derivation_name, output, path.name()) {
+        out.extend_from_slice(path.name().as_bytes());
     }
 }
 

@@ -1,0 +1,110 @@
+//! What can go wrong with the local store.
+
+use std::io;
+use std::path::PathBuf;
+
+use larder_core::derivation::DerivationError;
+use larder_core::export::ExportError;
+use larder_core::hash::{Hash, Sha256Digest};
+use larder_core::registration::RegistrationError;
+use larder_core::store_dir::{MakePathError, StoreDir};
+use larder_core::store_path::{NameError, StorePath};
+use larder_fs::dump::DumpError;
+use larder_fs::file_error::FileError;
+use larder_fs::layout::LayoutError;
+use larder_fs::restore::RestoreError;
+use larder_store_db::DbError;
+
+use crate::foreign::ForeignError;
+
+/// An error of the local store. Paths are full, so that the text can be shown as it is; the
+/// reason beneath is the source.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    #[error("path '{path}' is not valid")]
+    NotValid { path: String },
+    #[error("cycle detected in the references of '{path}' from '{from}'")]
+    Cycle { path: String, from: String },
+    #[error("cannot delete path '{path}' because it is in use by {by}")]
+    InUse { path: String, by: String },
+    #[error(
+        "Cannot delete path '{path}' since it is still alive. To find out why, use: \
+         nix-store --query --roots and nix-store --query --referrers"
+    )]
+    StillAlive { path: String },
+    #[error(
+        "real Nix has registered {count} paths in '{}' that Larder does not know, such as '{example}'; \
+         nothing may be deleted until 'larder adopt' has taken them over",
+        ledger.display()
+    )]
+    NotAdopted { ledger: PathBuf, count: u64, example: String },
+    #[error("cannot tell whether real Nix has paths in '{}' that Larder does not know, so nothing may be deleted", ledger.display())]
+    MayNotBeAdopted { ledger: PathBuf, source: ForeignError },
+    #[error("cannot take over the registrations of real Nix")]
+    Adopt(#[from] ForeignError),
+    #[error("the state folder '{}' has no ledger of real Nix", state.display())]
+    NothingToAdopt { state: PathBuf },
+    #[error("hash of path '{path}' has changed from '{expected}' to '{found}'!")]
+    Changed { path: String, expected: Sha256Digest, found: Sha256Digest },
+    #[error("hash mismatch importing path '{path}';\n  specified: {expected}\n  got:       {found}")]
+    Mismatch { path: String, expected: Hash, found: Hash },
+    #[error("cannot find out who else needs the paths, so nothing may be deleted")]
+    Roots(#[from] larder_gc::roots::RootsError),
+    #[error(transparent)]
+    Db(DbError),
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(transparent)]
+    Dump(#[from] DumpError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    #[error(transparent)]
+    Registration(#[from] RegistrationError),
+    #[error("derivation '{path}' cannot be read")]
+    Derivation { path: String, source: DerivationError },
+    /// A derivation that says of itself what is not so.
+    #[error(transparent)]
+    DerivationCheck(#[from] larder_core::derivation::CheckError),
+    #[error("derivation '{path}' is too large: it has {size_bytes} bytes")]
+    LargeDerivation { path: String, size_bytes: u64 },
+    #[error("'{name}' cannot be the name of a store object")]
+    Name { name: String, source: NameError },
+    #[error(transparent)]
+    MakePath(#[from] MakePathError),
+    /// Bytes that go elsewhere (standard output, a connection) could not be written.
+    #[error("writing to file")]
+    Output(#[source] io::Error),
+    #[error("reading from file")]
+    Input(#[source] io::Error),
+    #[error("'{path}' is not a regular file, so it has no flat hash")]
+    NotRegular { path: PathBuf },
+    #[error("the store was opened for reading only")]
+    ReadOnly,
+}
+
+impl From<DbError> for StoreError {
+    fn from(error: DbError) -> Self {
+        Self::Db(error)
+    }
+}
+
+impl StoreError {
+    /// Gives errors of the ledger, which does not know the store directory, their full paths.
+    pub(crate) fn in_dir(self, dir: &StoreDir) -> Self {
+        let full = |path: &StorePath| dir.full(path);
+        match self {
+            Self::Db(DbError::NotValid { path }) => Self::NotValid { path: full(&path) },
+            Self::Db(DbError::Cycle { path, from }) => Self::Cycle { path: full(&path), from: full(&from) },
+            Self::Db(DbError::InUse { path, by }) => {
+                let by: Vec<String> = by.iter().map(|path| format!("'{}'", full(path))).collect();
+                Self::InUse { path: full(&path), by: by.join(", ") }
+            }
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! A store on the local file system: opening it, and asking about its paths.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use larder_core::derivation::modulo::Memo;
+use larder_core::path_info::PathInfo;
+use larder_core::report::Reporter;
+use larder_core::store_dir::StoreDir;
+use larder_core::store_path::StorePath;
+use larder_fs::layout::{Access, Layout, OpenDirs, OpenOptions};
+use larder_fs::path_lock::HeldLocks;
+use larder_fs::temp_roots::TempRoots;
+use larder_fs::users::Users;
+use larder_store_db::{DbError, Mode, ReadTxn, StoreDb};
+
+use crate::error::StoreError;
+
+/// What of the settings concerns a local store. All have the meaning of the setting of that name.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub use_case_hack: bool,
+    pub allow_symlinked_store: bool,
+    /// Empty for none.
+    pub build_users_group: String,
+    pub ignored_acls: Vec<String>,
+    pub gc_reserved_space_bytes: u64,
+    pub keep_outputs: bool,
+    pub keep_derivations: bool,
+    /// Write objects to the disk before they are registered (setting `fsync-metadata`).
+    pub sync: bool,
+    /// Locks that our parent process holds for us (`NIX_HELD_LOCKS`).
+    pub held_locks: HeldLocks,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            use_case_hack: false,
+            allow_symlinked_store: false,
+            build_users_group: String::new(),
+            ignored_acls: vec!["security.selinux".into(), "system.nfs4_acl".into(), "security.csm".into()],
+            gc_reserved_space_bytes: 8 << 20,
+            keep_outputs: false,
+            keep_derivations: true,
+            sync: true,
+            held_locks: HeldLocks::default(),
+        }
+    }
+}
+
+/// A store on the local file system.
+///
+/// Cheap to open for reading: nothing is made, locked for writing or synced until something
+/// is to be changed.
+pub struct LocalStore {
+    layout: Layout,
+    options: Options,
+    reporter: Arc<dyn Reporter + Send + Sync>,
+    users: Users,
+    access: Access,
+    dirs: OpenDirs,
+    /// `None` only in a store that is opened for reading and has no ledger yet: it is empty.
+    db: Option<StoreDb>,
+    temp_roots: OnceLock<TempRoots>,
+    /// Hashes of derivations seen so far.
+    pub(crate) derivations: Mutex<Memo>,
+}
+
+impl std::fmt::Debug for LocalStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LocalStore").field("layout", &self.layout).field("access", &self.access).finish_non_exhaustive()
+    }
+}
+
+impl LocalStore {
+    /// Opens a store. For writing, what is missing of it is made.
+    ///
+    /// A store of which nothing can be read is taken as empty when it is opened for reading.
+    pub fn open(
+        layout: Layout,
+        options: Options,
+        access: Access,
+        reporter: Arc<dyn Reporter + Send + Sync>,
+    ) -> Result<Self, StoreError> {
+        let users = Users::default();
+        let dirs = layout.open(
+            &OpenOptions {
+                access,
+                allow_symlinked_store: options.allow_symlinked_store,
+                build_users_group: &options.build_users_group,
+                users: &users,
+            },
+            &*reporter,
+        )?;
+        let db_dir = layout.db();
+        let db = match access {
+            Access::ReadWrite => {
+                // A full disk is no reason to fail here: the reserve is a help, not a need.
+                if let Err(error) = larder_fs::reserve::ensure(&layout.reserved(), options.gc_reserved_space_bytes) {
+                    reporter.message(
+                        larder_core::report::Level::Debug,
+                        format_args!("cannot set space aside in '{}': {error}", layout.reserved().display()),
+                    );
+                }
+                Some(StoreDb::open(&db_dir, &larder_store_db::OpenOptions::new(Mode::Create))?)
+            }
+            Access::ReadOnly => match StoreDb::open(&db_dir, &larder_store_db::OpenOptions::new(Mode::Existing)) {
+                Ok(db) => Some(db),
+                Err(DbError::Missing { .. }) => None,
+                Err(error) => return Err(error.into()),
+            },
+        };
+        Ok(Self {
+            layout,
+            options,
+            reporter,
+            users,
+            access,
+            dirs,
+            db,
+            temp_roots: OnceLock::new(),
+            derivations: Mutex::default(),
+        })
+    }
+
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// What store paths are written with.
+    pub fn dir(&self) -> &StoreDir {
+        &self.layout.store_dir
+    }
+
+    pub fn reporter(&self) -> &(dyn Reporter + Send + Sync) {
+        &*self.reporter
+    }
+
+    pub fn users(&self) -> &Users {
+        &self.users
+    }
+
+    /// The ledger, to write to.
+    pub(crate) fn ledger(&self) -> Result<&StoreDb, StoreError> {
+        match (&self.db, self.access) {
+            (Some(db), Access::ReadWrite) => Ok(db),
+            _ => Err(StoreError::ReadOnly),
+        }
+    }
+
+    /// The real store directory, to write below.
+    pub(crate) fn store_fd(&self) -> Result<BorrowedFd<'_>, StoreError> {
+        self.dirs.store().ok_or(StoreError::ReadOnly)
+    }
+
+    /// Protects paths from collectors until this process ends.
+    pub fn add_temp_roots<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) -> Result<(), StoreError> {
+        Ok(self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone())).add_all(paths)?)
+    }
+
+    /// Asks the ledger; everything `f` asks is answered from one moment. `f` must be quick.
+    ///
+    /// `empty` is the answer of a store without a ledger.
+    pub fn read_or<T>(
+        &self,
+        empty: impl FnOnce() -> T,
+        f: impl FnOnce(&ReadTxn) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        match &self.db {
+            Some(db) => db.read(f).map_err(|error| error.in_dir(self.dir())),
+            None => Ok(empty()),
+        }
+    }
+
+    /// An answer that is nothing where there is no ledger.
+    pub fn read<T: Default>(&self, f: impl FnOnce(&ReadTxn) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        self.read_or(T::default, f)
+    }
+
+    pub fn is_valid(&self, path: &StorePath) -> Result<bool, StoreError> {
+        self.read(|txn| Ok(txn.is_valid(path)?))
+    }
+
+    /// The record of a path; an error if it is not valid.
+    pub fn info(&self, path: &StorePath) -> Result<PathInfo, StoreError> {
+        self.read(|txn| Ok(txn.info(path)?))?.ok_or_else(|| self.not_valid(path))
+    }
+
+    pub(crate) fn not_valid(&self, path: &StorePath) -> StoreError {
+        StoreError::NotValid { path: self.dir().full(path) }
+    }
+
+    /// Outputs of a valid derivation, by name, as far as their paths are known.
+    pub fn derivation_outputs(&self, path: &StorePath) -> Result<BTreeMap<String, StorePath>, StoreError> {
+        self.read(|txn| {
+            if txn.is_valid(path)? { Ok(Some(txn.derivation_outputs(path)?)) } else { Ok(None) }
+        })?
+        .ok_or_else(|| self.not_valid(path))
+    }
+
+    /// The valid ones among some paths.
+    pub fn valid_subset(&self, paths: &BTreeSet<StorePath>) -> Result<BTreeSet<StorePath>, StoreError> {
+        self.read(|txn| Ok(txn.valid_subset(paths)?))
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn now_s() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}

@@ -1,0 +1,267 @@
+//! Registration texts, and what is registered without coming in as a stream.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::io::{Read, Write};
+
+use larder_core::hash::NarHasher;
+use larder_core::path_info::PathInfo;
+use larder_core::registration::{self, Form, Parser};
+use larder_core::report::Level;
+use larder_core::store_path::StorePath;
+use larder_fs::canon;
+use larder_store_db::{Batch, NewPath};
+
+use crate::error::StoreError;
+use crate::foreign::ForeignLedger;
+use crate::local::{LocalStore, now_s};
+
+/// How `--register-validity` treats its input.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RegisterOptions {
+    /// Records carry hash and size, which are believed.
+    pub hash_given: bool,
+    /// Also register what is valid already.
+    pub reregister: bool,
+}
+
+/// What was taken over from real Nix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Adopted {
+    /// Paths that real Nix had registered.
+    pub registered: u64,
+    /// Those of them that Larder did not know.
+    pub new: u64,
+    /// Those whose files are missing, which were left out.
+    pub missing: u64,
+}
+
+/// Reads a text in blocks and gives each record to `each`.
+fn records(
+    mut source: impl Read,
+    parser: &mut Parser<'_>,
+    each: &mut dyn FnMut(registration::RecordRef<'_>) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let mut block = vec![0; larder_fs::dump::BLOCK_BYTES];
+    loop {
+        let n = match source.read(&mut block) {
+            Ok(n) => n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(StoreError::Input(e)),
+        };
+        if n == 0 {
+            parser.finish()?;
+            return Ok(());
+        }
+        parser.push(block.get(..n).unwrap_or_default());
+        while let Some(record) = parser.next_record()? {
+            each(record)?;
+        }
+    }
+}
+
+impl LocalStore {
+    /// Writes the validity records of `paths`, or of all valid paths, ascending.
+    pub fn dump_db(&self, paths: Option<&[StorePath]>, out: &mut dyn Write) -> Result<(), StoreError> {
+        const FULL: usize = 1 << 18;
+        let mut text = Vec::with_capacity(FULL + (1 << 16));
+        let Some(paths) = paths else {
+            return self.read(|txn| {
+                txn.for_each_record(|record| {
+                    registration::write_record(
+                        &mut text,
+                        self.dir(),
+                        record.path,
+                        Some((&record.nar_hash, record.nar_size_bytes)),
+                        record.deriver,
+                        record.references,
+                    );
+                    if text.len() > FULL {
+                        out.write_all(&text).map_err(StoreError::Output)?;
+                        text.clear();
+                    }
+                    Ok::<(), StoreError>(())
+                })?;
+                out.write_all(&text).map_err(StoreError::Output)
+            });
+        };
+        let infos = self.read(|txn| Ok(txn.infos(paths)?))?;
+        let mut infos = infos.into_iter();
+        for path in paths {
+            let info = infos.next().flatten().ok_or_else(|| self.not_valid(path));
+            match info {
+                Ok(info) => registration::write_path_info(&mut text, self.dir(), &info),
+                Err(error) => {
+                    // What was right so far is printed, as real Nix does.
+                    out.write_all(&text).map_err(StoreError::Output)?;
+                    return Err(error);
+                }
+            }
+        }
+        out.write_all(&text).map_err(StoreError::Output)
+    }
+
+    /// Registers what `--dump-db` wrote, in one transaction, without looking at the objects; but
+    /// derivations are read, for their outputs.
+    pub fn load_db(&self, source: impl Read) -> Result<(), StoreError> {
+        let mut batch = Batch::new();
+        let now = now_s();
+        let mut references = Vec::new();
+        let mut derivations = Vec::new();
+        records(source, &mut Parser::new(self.dir(), Form::WithHash), &mut |record| {
+            references.clear();
+            references.extend(record.references());
+            let (nar_hash, nar_size_bytes) = record.hash_size.expect("this form has both");
+            let mut new = NewPath::new(record.path, nar_hash, nar_size_bytes);
+            new.references = &references;
+            new.deriver = record.deriver;
+            new.registration_time_s = now;
+            if record.path.is_derivation() {
+                // Their outputs can be told only when everything they refer to is known.
+                derivations.push(record.path.to_store_path());
+            }
+            Ok(batch.push(&new)?)
+        })?;
+        for path in derivations {
+            let outputs = self.check_derivation(&path, OsStr::new(&path.to_string()))?;
+            batch.set_outputs(&path, &outputs)?;
+        }
+        self.register(batch)
+    }
+
+    fn register(&self, batch: Batch) -> Result<(), StoreError> {
+        self.ledger()?.register(batch).map_err(|error| StoreError::from(error).in_dir(self.dir()))
+    }
+
+    /// Registers objects that lie in the store already: canonical metadata, hash, ledger.
+    pub fn register_validity(&self, source: impl Read, options: RegisterOptions) -> Result<(), StoreError> {
+        let form = if options.hash_given { Form::WithHash } else { Form::WithoutHash };
+        let mut all = Vec::new();
+        records(source, &mut Parser::new(self.dir(), form), &mut |record| {
+            all.push(record.to_record());
+            Ok(())
+        })?;
+        let now = now_s();
+        let mut batch = Batch::new();
+        let mut infos: Vec<PathInfo> = Vec::new();
+        self.add_temp_roots(all.iter().map(|record| &record.path))?;
+        for record in all {
+            if !options.reregister && self.is_valid(&record.path)? {
+                continue;
+            }
+            let name = record.path.to_string();
+            canon::canonicalise(
+                larder_fs::remove::Target { dir: self.store_fd()?, name: OsStr::new(&name), dir_path: &self.layout().real_store },
+                &canon::CanonOptions { ignored_acls: &self.options().ignored_acls, builder: None },
+            )?;
+            let (nar_hash, nar_size_bytes) = match record.hash_size {
+                Some(given) => given,
+                None => {
+                    let mut hasher = NarHasher::new();
+                    self.dump_object(&record.path, |bytes| {
+                        hasher.update(bytes);
+                        Ok(())
+                    })?;
+                    hasher.finish()
+                }
+            };
+            let mut info = PathInfo::new(record.path, nar_hash, nar_size_bytes);
+            info.references = record.references;
+            info.deriver = record.deriver;
+            info.registration_time_s = now;
+            infos.push(info);
+        }
+        for info in &infos {
+            let outputs = if info.path.is_derivation() {
+                self.check_derivation(&info.path, OsStr::new(&info.path.to_string()))?
+            } else {
+                BTreeMap::new()
+            };
+            batch.push_info(info, &outputs)?;
+        }
+        if self.options().sync {
+            rustix::fs::syncfs(self.store_fd()?).map_err(|e| {
+                larder_fs::file_error::FileError::new("syncing", &self.layout().real_store, std::io::Error::from(e))
+            })?;
+        }
+        self.register(batch)
+    }
+
+    /// Takes the registrations of real Nix over, from its own ledger.
+    pub fn adopt(&self) -> Result<Adopted, StoreError> {
+        let ledger = ForeignLedger::find(&self.layout().db())
+            .ok_or_else(|| StoreError::NothingToAdopt { state: self.layout().state.clone() })?;
+        let fingerprint = ledger.fingerprint()?;
+        let infos = ledger.read_all(self.dir())?;
+        let adopted = self.adopt_infos(infos)?;
+        // If it changed meanwhile, the fingerprint is an old one and the next look is a full one.
+        self.mark_adopted(&fingerprint)?;
+        Ok(adopted)
+    }
+
+    /// Takes over what a `nix-store --dump-db` printed.
+    pub fn adopt_dump(&self, source: impl Read) -> Result<Adopted, StoreError> {
+        let mut infos = Vec::new();
+        let now = now_s();
+        records(source, &mut Parser::new(self.dir(), Form::WithHash), &mut |record| {
+            let record = record.to_record();
+            let (nar_hash, nar_size_bytes) = record.hash_size.expect("this form has both");
+            let mut info = PathInfo::new(record.path, nar_hash, nar_size_bytes);
+            info.references = record.references;
+            info.deriver = record.deriver;
+            info.registration_time_s = now;
+            infos.push(info);
+            Ok(())
+        })?;
+        self.adopt_infos(infos)
+    }
+
+    fn adopt_infos(&self, infos: Vec<PathInfo>) -> Result<Adopted, StoreError> {
+        let registered = infos.len() as u64;
+        // A path without files is not taken, and neither is what refers to it.
+        let mut gone: std::collections::BTreeSet<StorePath> = infos
+            .iter()
+            .filter(|info| std::fs::symlink_metadata(self.layout().real_path(&info.path)).is_err())
+            .map(|info| info.path.clone())
+            .collect();
+        loop {
+            let before = gone.len();
+            for info in &infos {
+                if !gone.contains(&info.path) && info.references.iter().any(|path| gone.contains(path)) {
+                    gone.insert(info.path.clone());
+                }
+            }
+            if gone.len() == before {
+                break;
+            }
+        }
+        for path in &gone {
+            self.reporter().message(
+                Level::Warn,
+                format_args!("'{}' was not taken over: its files, or those of something it needs, are missing", self.dir().display(path)),
+            );
+        }
+        let known = self.valid_subset(&infos.iter().map(|info| info.path.clone()).collect())?;
+        let mut batch = Batch::new();
+        let mut new = 0;
+        for info in infos.iter().filter(|info| !gone.contains(&info.path) && !known.contains(&info.path)) {
+            let outputs = if info.path.is_derivation() {
+                // It was checked when real Nix registered it, and may be one that only real Nix
+                // understands: then its outputs are not known here.
+                match self.derivation(&info.path) {
+                    Ok(drv) => drv.output_paths().filter_map(|(n, p)| Some((n.as_str().to_owned(), p?.clone()))).collect(),
+                    Err(error) => {
+                        self.reporter().message(Level::Warn, format_args!("{error}; its outputs are not recorded"));
+                        BTreeMap::new()
+                    }
+                }
+            } else {
+                BTreeMap::new()
+            };
+            batch.push_info(info, &outputs)?;
+            new += 1;
+        }
+        self.register(batch)?;
+        Ok(Adopted { registered, new, missing: gone.len() as u64 })
+    }
+}
