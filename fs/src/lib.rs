@@ -14,3 +14,5 @@ pub mod temp_roots;
 pub mod users;
 
 mod entry;
+#[cfg(test)]
+mod testing;

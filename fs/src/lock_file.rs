@@ -122,8 +122,12 @@ impl LockFile {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(e) => return Err(FileError::new("deleting lock file", &self.path, e)),
         }
-        retry(|| rustix::io::pwrite(&self.fd, b"d", 0)).at("writing to lock file", &self.path)?;
-        Ok(())
+        self.mark_stale()
+    }
+
+    /// The second half of [`LockFile::delete`].
+    pub(crate) fn mark_stale(&self) -> Result<(), FileError> {
+        retry(|| rustix::io::pwrite(&self.fd, b"d", 0)).at("writing to lock file", &self.path).map(drop)
     }
 
     pub fn path(&self) -> &Path {

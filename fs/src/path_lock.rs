@@ -134,3 +134,243 @@ fn lock_one(lock: &Path, path: &Path, wait: &mut Wait<'_>) -> Result<Option<Lock
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{RealNix, child, child_argument, eventually, layout};
+    use proptest::prelude::*;
+    use std::fs;
+    use std::io::Write as _;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::time::{Duration, Instant};
+
+    fn paths(dir: &Path, names: &[&str]) -> Vec<PathBuf> {
+        names.iter().map(|n| dir.join(n)).collect()
+    }
+
+    fn try_lock(dir: &Path, names: &[&str]) -> Option<PathLocks> {
+        PathLocks::acquire(paths(dir, names), &HeldLocks::default(), Wait::No).unwrap()
+    }
+
+    #[test]
+    fn all_or_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = try_lock(dir.path(), &["b"]).unwrap();
+        assert!(try_lock(dir.path(), &["c", "b", "a"]).is_none());
+        let others = try_lock(dir.path(), &["c", "a", "c"]).unwrap();
+        assert!(try_lock(dir.path(), &["a"]).is_none());
+        drop((held, others));
+        let all = try_lock(dir.path(), &["c", "b", "a"]).unwrap();
+        assert_eq!(
+            all.files.iter().map(LockFile::path).collect::<Vec<_>>(),
+            paths(dir.path(), &["a.lock", "b.lock", "c.lock"])
+        );
+        for path in paths(dir.path(), &["a.lock", "b.lock", "c.lock"]) {
+            let status = fs::metadata(path).unwrap();
+            assert_eq!((status.len(), status.permissions().mode() & 0o7777), (0, 0o600));
+        }
+    }
+
+    #[test]
+    fn deletes_only_when_told() {
+        let dir = tempfile::tempdir().unwrap();
+        try_lock(dir.path(), &["a"]).unwrap().release().unwrap();
+        assert!(dir.path().join("a.lock").exists());
+        let mut locks = try_lock(dir.path(), &["a"]).unwrap();
+        let seen = fs::File::open(dir.path().join("a.lock")).unwrap();
+        locks.on_release(OnRelease::Delete);
+        drop(locks);
+        assert!(!dir.path().join("a.lock").exists());
+        assert_eq!(seen.metadata().unwrap().len(), 1, "those who have it open see that it is stale");
+        // A lock file that went already is fine.
+        let mut locks = try_lock(dir.path(), &["a"]).unwrap();
+        fs::remove_file(dir.path().join("a.lock")).unwrap();
+        locks.on_release(OnRelease::Delete);
+        locks.release().unwrap();
+    }
+
+    #[test]
+    fn held_locks_are_skipped() {
+        let dir = tempfile::tempdir().unwrap();
+        let _parent = try_lock(dir.path(), &["a"]).unwrap();
+        let text = format!(" {}  /other/path\n", dir.path().join("a").display());
+        let held = HeldLocks::parse(text.as_bytes());
+        assert!(held.contains(Path::new("/other/path")) && !held.contains(Path::new("")));
+        let locks = PathLocks::acquire(paths(dir.path(), &["a", "b"]), &held, Wait::No).unwrap().unwrap();
+        assert_eq!(locks.files.len(), 1);
+        assert_eq!(HeldLocks::parse(b""), HeldLocks::default());
+    }
+
+    /// A build user may put things beside the paths.
+    #[test]
+    fn refuses_strange_lock_files() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("victim"), b"precious").unwrap();
+        std::os::unix::fs::symlink("victim", dir.path().join("a.lock")).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, dir.path().join("b.lock"), rustix::fs::Mode::RWXU).unwrap();
+        fs::create_dir(dir.path().join("c.lock")).unwrap();
+        for name in ["a", "b", "c"] {
+            let e = PathLocks::acquire(paths(dir.path(), &[name]), &HeldLocks::default(), Wait::No).unwrap_err();
+            assert!(e.to_string().starts_with("opening lock file"), "{e}");
+        }
+        assert_eq!(fs::read(dir.path().join("victim")).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn waiting_is_told_once_with_the_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = try_lock(dir.path(), &["a"]).unwrap();
+        let mut told = Vec::new();
+        std::thread::scope(|scope| {
+            let (sender, receiver) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                receiver.recv().unwrap();
+                std::thread::sleep(Duration::from_millis(20));
+                let mut held = held;
+                // The waiter wakes with a stale file, and goes on to a new one.
+                held.on_release(OnRelease::Delete);
+            });
+            let mut waiting = |path: &Path| {
+                told.push(path.to_owned());
+                sender.send(()).unwrap();
+            };
+            let wait = Wait::Yes(&mut waiting);
+            let locks = PathLocks::acquire(paths(dir.path(), &["a", "b"]), &HeldLocks::default(), wait);
+            assert_eq!(locks.unwrap().unwrap().files.len(), 2);
+        });
+        assert_eq!(told, paths(dir.path(), &["a"]));
+    }
+
+    /// One of those who want the lock, and the step it is at.
+    enum Actor {
+        Out,
+        Opened(LockFile),
+        Locked(LockFile),
+        Inside(LockFile),
+        /// Has unlinked, but not written yet.
+        Leaving(LockFile),
+    }
+
+    proptest! {
+        /// In every order of steps of several takers at most one is inside. `flock` belongs to the
+        /// open file, so that actors in one thread are as good as processes.
+        #[test]
+        fn at_most_one_inside(steps in prop::collection::vec((0usize..4, 0u8..4), 1..300)) {
+            let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+            let path = dir.path().join("x.lock");
+            let mut actors: Vec<Actor> = (0..4).map(|_| Actor::Out).collect();
+            for (who, how) in steps {
+                let actor = std::mem::replace(&mut actors[who], Actor::Out);
+                actors[who] = match (actor, how) {
+                    // Killed, or leaves without deleting.
+                    (_, 0) => Actor::Out,
+                    (Actor::Out, _) => Actor::Opened(LockFile::open(&path).unwrap()),
+                    (Actor::Opened(file), _) => {
+                        if file.lock(Sharing::Exclusive, &mut Wait::No).unwrap() { Actor::Locked(file) } else { Actor::Opened(file) }
+                    }
+                    (Actor::Locked(file), _) => {
+                        if file.is_stale().unwrap() { Actor::Out } else { Actor::Inside(file) }
+                    }
+                    (Actor::Inside(file), _) => {
+                        fs::remove_file(&path).unwrap();
+                        Actor::Leaving(file)
+                    }
+                    (Actor::Leaving(file), _) => {
+                        file.mark_stale().unwrap();
+                        Actor::Out
+                    }
+                };
+                let inside = actors.iter().filter(|a| matches!(a, Actor::Inside(_))).count();
+                prop_assert!(inside <= 1);
+            }
+        }
+    }
+
+    /// Many processes, some of which are killed: never two inside, and nobody waits for ever.
+    #[test]
+    fn processes_exclude_each_other() {
+        const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
+        if let Some(argument) = child_argument() {
+            let (dir, seed) = argument.rsplit_once(' ').unwrap();
+            let (dir, mut random) = (Path::new(dir), seed.parse::<u64>().unwrap() * 2 + 1);
+            // Opened before the locks, since a dying process closes its files in this order.
+            let witnesses: Vec<LockFile> =
+                NAMES.iter().map(|n| LockFile::open(&dir.join(n).join("witness")).unwrap()).collect();
+            for _ in 0..300 {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let chosen: Vec<usize> = (0..NAMES.len()).filter(|n| random >> (40 + n) & 1 == 1).collect();
+                let wanted = chosen.iter().map(|n| dir.join(NAMES[*n]));
+                let wait = Wait::Yes(&mut |_| ());
+                let mut locks = PathLocks::acquire(wanted, &HeldLocks::default(), wait).unwrap().unwrap();
+                for n in &chosen {
+                    // Of a killed process the lock may be gone a moment before the witness.
+                    let free = (0..50).any(|_| {
+                        let free = witnesses[*n].lock(Sharing::Exclusive, &mut Wait::No).unwrap();
+                        free || {
+                            std::thread::sleep(Duration::from_millis(2));
+                            false
+                        }
+                    });
+                    assert!(free, "two inside");
+                }
+                std::thread::yield_now();
+                chosen.iter().for_each(|n| witnesses[*n].unlock().unwrap());
+                if random >> 50 & 1 == 1 {
+                    locks.on_release(OnRelease::Delete);
+                }
+                locks.release().unwrap();
+            }
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        NAMES.iter().for_each(|n| fs::create_dir(dir.path().join(n)).unwrap());
+        let start = |seed: usize| {
+            let argument = format!("{} {seed}", dir.path().display());
+            child("path_lock::tests::processes_exclude_each_other", &argument, "")
+        };
+        let mut lasting: Vec<_> = (0..6).map(start).collect();
+        for seed in 6..14 {
+            let mut victim = start(seed);
+            std::thread::sleep(Duration::from_millis(30 + seed as u64 * 3));
+            victim.kill().unwrap();
+            victim.wait().unwrap();
+        }
+        let deadline = Instant::now() + Duration::from_secs(100);
+        for process in &mut lasting {
+            while process.try_wait().unwrap().is_none() {
+                assert!(Instant::now() < deadline, "somebody waits for ever");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        lasting.into_iter().for_each(|process| drop(crate::testing::finish(process)));
+    }
+
+    /// A real Nix waits for our lock, and we for its.
+    #[test]
+    fn interop_real_nix_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = layout(dir.path());
+        let Some(nix) = RealNix::find("interop_real_nix_waits", &layout) else { return };
+        let path = nix.add("file", "text");
+        nix.run(&["--delete", &layout.store_dir.full(&path)]);
+        let mut locks =
+            PathLocks::acquire([layout.real_path(&path)], &HeldLocks::default(), Wait::No).unwrap().unwrap();
+        let mut add = nix.command(&["--add", dir.path().join("file").to_str().unwrap()]).spawn().unwrap();
+        // It has its temporary root before it waits for the lock.
+        eventually("the temporary root of a real Nix is read", || {
+            let found =
+                crate::temp_roots::read_all(&layout, crate::temp_roots::Stale::Delete, &larder_core::report::Silent);
+            found.unwrap().roots.iter().any(|root| root.path == path && root.pid == add.id())
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(add.try_wait().unwrap().is_none(), "it waits");
+        locks.on_release(OnRelease::Delete);
+        locks.release().unwrap();
+        let output = add.wait_with_output().unwrap();
+        std::io::stdout().write_all(&output.stderr).unwrap();
+        assert!(output.status.success());
+        assert!(layout.real_path(&path).exists());
+        assert!(!lock_path(&layout.real_path(&path)).exists());
+    }
+}

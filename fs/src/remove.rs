@@ -504,3 +504,365 @@ fn make_accessible(dir: BorrowedFd<'_>) -> rustix::io::Result<()> {
     }
     rustix::fs::chmod(proc_path(dir), Mode::from_raw_mode(status.mode | 0o700))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{
+        self, child, child_argument, finish, give_away, open, public_dir, root_or_skip, unprivileged,
+    };
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    fn remove_named(dir: &Path, name: &OsStr, on_failure: OnFailure) -> Result<Removed, RemoveError> {
+        let fd = open(dir);
+        remove(Target { dir: fd.as_fd(), name, dir_path: dir }, on_failure)
+    }
+
+    fn chmod(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn counts_what_it_frees() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        fs::create_dir_all(tree.join("a/b")).unwrap();
+        fs::write(tree.join("one"), [0; 1000]).unwrap();
+        fs::write(tree.join("a/two"), [0; 200]).unwrap();
+        fs::hard_link(tree.join("a/two"), dir.path().join("link")).unwrap();
+        fs::write(tree.join("a/three"), [0; 30]).unwrap();
+        fs::hard_link(tree.join("a/three"), dir.path().join("link1")).unwrap();
+        fs::hard_link(tree.join("a/three"), dir.path().join("link2")).unwrap();
+        symlink("four", tree.join("a/b/symlink")).unwrap();
+        let removed = remove_path(&tree, OnFailure::Stop).unwrap();
+        assert_eq!((removed.bytes_freed, removed.entries, removed.failed), (1204, 7, 0));
+        assert!(!tree.exists());
+        assert_eq!(fs::metadata(dir.path().join("link")).unwrap().len(), 200);
+        let nothing = remove_path(&tree, OnFailure::Stop).unwrap();
+        assert_eq!((nothing.bytes_freed, nothing.entries), (0, 0));
+        assert_eq!(remove_path(&tree.join("x/y"), OnFailure::Stop).unwrap().entries, 0);
+        let file = remove_path(&dir.path().join("link"), OnFailure::Stop).unwrap();
+        assert_eq!((file.bytes_freed, file.entries), (200, 1));
+    }
+
+    #[test]
+    fn refuses_what_is_no_name() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        for name in ["", ".", "..", "a/b", "/", "a/", "a\0"] {
+            let e = remove_named(dir.path(), OsStr::new(name), OnFailure::Continue).unwrap_err();
+            assert_eq!(e.source.kind(), io::ErrorKind::InvalidInput, "{name}");
+        }
+        assert!(remove_path(Path::new("/"), OnFailure::Stop).is_err());
+        assert!(remove_path(Path::new("/tmp/.."), OnFailure::Stop).is_err());
+        assert!(dir.path().join("a/b").exists());
+    }
+
+    #[test]
+    fn follows_no_symlink() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("outside/x")).unwrap();
+        fs::create_dir(dir.path().join("tree")).unwrap();
+        symlink(dir.path().join("outside"), dir.path().join("tree/link")).unwrap();
+        symlink("../outside", dir.path().join("direct")).unwrap();
+        remove_path(&dir.path().join("tree"), OnFailure::Stop).unwrap();
+        remove_path(&dir.path().join("direct"), OnFailure::Stop).unwrap();
+        assert!(dir.path().join("outside/x").exists());
+    }
+
+    /// A chain of 100,000 directories, many with names of the greatest length, in few
+    /// descriptors and little stack; files on the way and at the end.
+    #[test]
+    fn s068_deep_trees() {
+        if let Some(dir) = child_argument() {
+            let dir = Path::new(&dir);
+            for parallel in [false, true] {
+                let mut fd = open(dir);
+                let long = "n".repeat(255);
+                for n in 0..100_000 {
+                    let name = if n == 0 {
+                        "top"
+                    } else if n % 10 == 0 {
+                        &long
+                    } else {
+                        "d"
+                    };
+                    rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755)).unwrap();
+                    fd = rustix::fs::openat(&fd, name, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+                    if n % 1000 == 999 {
+                        rustix::fs::symlinkat("..", &fd, "file").unwrap();
+                        rustix::fs::mkdirat(&fd, ".removing-3", Mode::from_raw_mode(0o755)).unwrap();
+                    }
+                }
+                drop(fd);
+                let store = open(dir);
+                let target = Target { dir: store.as_fd(), name: OsStr::new("top"), dir_path: dir };
+                let remove = if parallel { remove_parallel } else { remove };
+                let removed = remove(target, OnFailure::Stop).unwrap();
+                // Moving up may replace the empty directories that have the name already.
+                assert!((100_100..=100_200).contains(&removed.entries), "{}", removed.entries);
+                assert_eq!(fs::read_dir(dir).unwrap().count(), 0);
+            }
+            return;
+        }
+        // In memory, where there is such a place: this takes minutes on some disks.
+        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        let argument = dir.path().to_str().unwrap();
+        finish(child("remove::tests::s068_deep_trees", argument, "ulimit -n 80; ulimit -s 256"));
+    }
+
+    #[test]
+    fn wide_trees() {
+        let dir = tempfile::tempdir().unwrap();
+        for parallel in [false, true] {
+            let tree = dir.path().join("tree");
+            for a in 0..40 {
+                for b in 0..10 {
+                    let sub = tree.join(format!("{a}-{}/{b}", "x".repeat(200)));
+                    fs::create_dir_all(&sub).unwrap();
+                    (0..8).for_each(|n| fs::write(sub.join(n.to_string()), b"12345").unwrap());
+                }
+            }
+            (0..3000).for_each(|n| fs::write(tree.join(format!("file-{n}")), b"").unwrap());
+            let fd = open(dir.path());
+            let target = Target { dir: fd.as_fd(), name: OsStr::new("tree"), dir_path: dir.path() };
+            let remove = if parallel { remove_parallel } else { remove };
+            let removed = remove(target, OnFailure::Stop).unwrap();
+            assert_eq!((removed.entries, removed.bytes_freed), (1 + 40 + 400 + 3200 + 3000, 3200 * 5));
+            assert!(!tree.exists());
+        }
+    }
+
+    /// Directories that their owner may not read, write or enter.
+    #[test]
+    fn hostile_modes() {
+        for mode in [0o000, 0o111, 0o444, 0o222, 0o333, 0o555] {
+            let dir = public_dir();
+            let store = dir.path().join("store");
+            let tree = store.join("tree");
+            for path in [store.clone(), tree.clone(), tree.join("sub"), tree.join("sub/empty")] {
+                fs::create_dir(&path).unwrap();
+                give_away(&path);
+            }
+            fs::write(tree.join("sub/file"), b"1").unwrap();
+            for path in ["sub/empty", "sub", ""] {
+                chmod(&tree.join(path), mode);
+            }
+            let removed = unprivileged(|| remove_path(&tree, OnFailure::Stop)).unwrap();
+            assert_eq!(removed.entries, 4, "{mode:o}");
+        }
+    }
+
+    /// What cannot be deleted stays, with its parents; the rest goes. Stopping says where.
+    #[test]
+    fn failures_are_told() {
+        if !root_or_skip("failures_are_told") {
+            return;
+        }
+        for parallel in [false, true] {
+            let dir = public_dir();
+            let (store, tree) = (dir.path().join("store"), dir.path().join("store/tree"));
+            fs::create_dir_all(tree.join("mine/sub")).unwrap();
+            fs::create_dir_all(tree.join("theirs")).unwrap();
+            fs::write(tree.join("theirs/file"), b"x").unwrap();
+            fs::write(tree.join("mine/file"), b"x").unwrap();
+            // `theirs` belongs to root and is closed to the user, who owns all the rest.
+            for path in [&store, &tree, &tree.join("mine"), &tree.join("mine/sub")] {
+                give_away(path);
+            }
+            let e = unprivileged(|| remove_path(&tree.join("theirs"), OnFailure::Stop)).unwrap_err();
+            assert_eq!(e.to_string(), format!("deleting '{}'", tree.join("theirs/file").display()));
+            assert_eq!(e.source.kind(), io::ErrorKind::PermissionDenied);
+            let removed = unprivileged(|| {
+                let fd = open(&store);
+                let target = Target { dir: fd.as_fd(), name: OsStr::new("tree"), dir_path: &store };
+                if parallel {
+                    // The pool's threads have other rights than ours: one level by hand.
+                    let top = Top { dir: target.dir, path: target.dir_path, name: c"tree".into(), inside: false };
+                    Remover::new(&top, OnFailure::Continue, 0).run()
+                } else {
+                    remove(target, OnFailure::Continue)
+                }
+            })
+            .unwrap();
+            assert_eq!((removed.failed, removed.entries), (1, 3));
+            assert_eq!(removed.failures[0].path, tree.join("theirs/file"));
+            assert!(tree.join("theirs/file").exists() && !tree.join("mine").exists());
+        }
+    }
+
+    #[test]
+    fn s082_clears_frozen_flags() {
+        if !root_or_skip("s082_clears_frozen_flags") {
+            return;
+        }
+        for parallel in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let tree = dir.path().join("tree");
+            fs::create_dir_all(tree.join("sub/sub")).unwrap();
+            fs::write(tree.join("sub/file"), b"x").unwrap();
+            fs::write(tree.join("sub/appended"), b"x").unwrap();
+            for (path, flag) in
+                [("sub/file", "+i"), ("sub/appended", "+a"), ("sub/sub", "+i"), ("sub", "+a"), ("", "+i")]
+            {
+                let changed = std::process::Command::new("chattr").arg(flag).arg(tree.join(path)).output();
+                if !changed.is_ok_and(|output| output.status.success()) {
+                    println!("s082_clears_frozen_flags: skipped, chattr does not work here");
+                    remove_path(&tree, OnFailure::Stop).unwrap();
+                    return;
+                }
+            }
+            let fd = open(dir.path());
+            let target = Target { dir: fd.as_fd(), name: OsStr::new("tree"), dir_path: dir.path() };
+            let remove = if parallel { remove_parallel } else { remove };
+            assert_eq!(remove(target, OnFailure::Stop).unwrap().entries, 5);
+        }
+    }
+
+    /// Large sparse files count with their size, in 64 bits.
+    #[test]
+    fn s088_large_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = fs::File::create(dir.path().join("big")).unwrap();
+        file.set_len(5 << 30).unwrap();
+        assert_eq!(remove_path(&dir.path().join("big"), OnFailure::Stop).unwrap().bytes_freed, 5 << 30);
+    }
+
+    /// While a tree is deleted, another process swaps directories of it for symlinks to the
+    /// outside, and others delete and make things in it.
+    #[test]
+    fn swapped_symlinks_lead_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let outside = dir.path().join("outside");
+        fs::create_dir_all(outside.join("sub/sub")).unwrap();
+        fs::write(outside.join("sub/precious"), b"x").unwrap();
+        chmod(&outside, 0o500);
+        let before = snapshot(&outside);
+        for round in 0..200 {
+            let tree = dir.path().join("tree");
+            for n in 0..20 {
+                fs::create_dir_all(tree.join(format!("{n}/sub/sub"))).unwrap();
+                fs::write(tree.join(format!("{n}/sub/precious")), b"y").unwrap();
+            }
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| {
+                        while !stop.load(Ordering::Relaxed) {
+                            for n in 0..20 {
+                                let (a, b) = (tree.join(n.to_string()), tree.join(format!("{n}.old")));
+                                let _ = fs::rename(&a, &b);
+                                let _ = symlink(&outside, &a);
+                            }
+                        }
+                    });
+                }
+                scope.spawn(|| remove_path(&tree, OnFailure::Continue).unwrap());
+                let on_failure = if round % 2 == 0 { OnFailure::Continue } else { OnFailure::Stop };
+                let _ = remove_path(&tree, on_failure);
+                stop.store(true, Ordering::Relaxed);
+            });
+            remove_path(&tree, OnFailure::Stop).unwrap();
+        }
+        assert_eq!(snapshot(&outside), before);
+    }
+
+    /// Paths below a directory, with what must not change.
+    fn snapshot(dir: &Path) -> BTreeMap<PathBuf, (u32, u64, u64, Vec<u8>)> {
+        let mut found = BTreeMap::new();
+        let mut todo = vec![dir.to_owned()];
+        while let Some(path) = todo.pop() {
+            let status = fs::symlink_metadata(&path).unwrap();
+            let text = if status.is_file() { fs::read(&path).unwrap() } else { Vec::new() };
+            if status.is_dir() {
+                todo.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+            }
+            found.insert(path, (status.mode(), status.ino(), status.nlink(), text));
+        }
+        found
+    }
+
+    #[derive(Debug, Clone)]
+    enum Node {
+        File(u8),
+        Fifo,
+        Link(bool),
+        HardLink,
+        Dir(u32, Vec<(Vec<u8>, Node)>),
+    }
+
+    fn nodes() -> impl Strategy<Value = Node> {
+        let leaf = prop_oneof![
+            any::<u8>().prop_map(Node::File),
+            Just(Node::Fifo),
+            any::<bool>().prop_map(Node::Link),
+            Just(Node::HardLink),
+        ];
+        leaf.prop_recursive(6, 60, 6, |inner| {
+            let name = prop_oneof![
+                prop::collection::vec(prop_oneof![1u8..=b'.', b'0'..=255], 1..12),
+                prop::collection::vec(prop_oneof![1u8..=b'.', b'0'..=255], 255),
+            ];
+            let name = name.prop_filter("dots", |n| n != b"." && n != b"..");
+            (0u32..0o7777, prop::collection::vec((name, inner), 0..6)).prop_map(|(mode, list)| Node::Dir(mode, list))
+        })
+    }
+
+    /// Makes a node; gives the number of entries made. Modes of directories are set last.
+    fn make(path: &Path, node: &Node, outside: &Path) -> u64 {
+        match node {
+            Node::File(n) => fs::write(path, vec![*n; usize::from(*n)]).unwrap(),
+            Node::Fifo => {
+                rustix::fs::mkfifoat(CWD, path, Mode::from_raw_mode(0o600)).unwrap();
+            }
+            Node::Link(dir) => symlink(if *dir { outside } else { Path::new("../../..") }, path).unwrap(),
+            Node::HardLink => fs::hard_link(outside.join("file"), path).unwrap(),
+            Node::Dir(mode, list) => {
+                fs::create_dir(path).unwrap();
+                let mut count = 1;
+                for (name, node) in list {
+                    let below = path.join(OsStr::from_bytes(name));
+                    if fs::symlink_metadata(&below).is_err() {
+                        count += make(&below, node, outside);
+                    }
+                }
+                give_away(path);
+                chmod(path, *mode);
+                return count;
+            }
+        }
+        1
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(150))]
+        /// Whatever the tree, its owner can delete it all, and nothing else changes.
+        #[test]
+        fn hostile_trees(node in nodes(), parallel in any::<bool>()) {
+            let dir = public_dir();
+            let (store, outside) = (dir.path().join("store"), dir.path().join("outside"));
+            fs::create_dir(&store).unwrap();
+            give_away(&store);
+            fs::create_dir(&outside).unwrap();
+            fs::write(outside.join("file"), b"precious").unwrap();
+            chmod(&outside, 0o755);
+            let before = snapshot(&outside);
+            let entries = make(&store.join("tree"), &node, &outside);
+            let fd = open(&store);
+            let target = Target { dir: fd.as_fd(), name: OsStr::new("tree"), dir_path: &store };
+            let removed = if parallel && testing::is_root() {
+                remove_parallel(target, OnFailure::Stop).unwrap()
+            } else {
+                unprivileged(|| remove(target, OnFailure::Stop)).unwrap()
+            };
+            prop_assert_eq!(removed.entries, entries);
+            prop_assert_eq!(fs::read_dir(&store).unwrap().count(), 0);
+            let same = snapshot(&outside) == before;
+            prop_assert!(same);
+        }
+    }
+}

@@ -49,6 +49,7 @@ const MAX_NAMES: u32 = 500;
 #[derive(Debug)]
 pub struct TempRoots {
     layout: Layout,
+    answer_timeout: Duration,
     state: Mutex<Option<State>>,
 }
 
@@ -65,7 +66,7 @@ struct State {
 impl TempRoots {
     /// No file is made yet.
     pub const fn new(layout: Layout) -> Self {
-        Self { layout, state: Mutex::new(None) }
+        Self { layout, answer_timeout: ANSWER_TIMEOUT, state: Mutex::new(None) }
     }
 
     /// Protects a path, from now until this value is dropped. Adding twice is harmless.
@@ -92,7 +93,7 @@ impl TempRoots {
             *guard = Some(State::create(&self.layout)?);
         }
         let state = guard.as_mut().expect("made above");
-        state.add(&self.layout, &text)
+        state.add(&self.layout, &text, self.answer_timeout)
     }
 
     /// The name of our file, once there is one.
@@ -131,10 +132,10 @@ impl State {
     }
 
     /// `text` holds paths, each with a NUL behind it.
-    fn add(&mut self, layout: &Layout, text: &[u8]) -> Result<(), FileError> {
+    fn add(&mut self, layout: &Layout, text: &[u8], timeout: Duration) -> Result<(), FileError> {
         // With the lock held there is no collector, and one that comes reads the file.
         while !self.gc_lock.lock(Sharing::Shared, &mut Wait::No)? {
-            match self.tell(layout, text) {
+            match self.tell(layout, text, timeout) {
                 Ok(true) => return self.append(text),
                 Ok(false) => std::thread::sleep(RETRY),
                 Err(e) => {
@@ -183,13 +184,13 @@ impl State {
     }
 
     /// Tells the collector all paths; `false` if it answered nonsense.
-    fn tell(&mut self, layout: &Layout, text: &[u8]) -> io::Result<bool> {
+    fn tell(&mut self, layout: &Layout, text: &[u8], timeout: Duration) -> io::Result<bool> {
         let stream = match self.connection.take() {
             Some(stream) => self.connection.insert(stream),
             None => {
                 let stream = connect(&layout.gc_socket())?;
-                stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-                stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+                stream.set_read_timeout(Some(timeout))?;
+                stream.set_write_timeout(Some(timeout))?;
                 self.connection.insert(stream)
             }
         };
@@ -361,4 +362,290 @@ fn read_one(
         found.legacy_locks.push(file);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gc_lock::GcLock;
+    use crate::testing::{
+        RealNix, child, child_argument, eventually, give_away, layout, public_dir, root_or_skip, unprivileged,
+    };
+    use larder_core::report::Silent;
+    use std::fs;
+    use std::io::{BufRead as _, BufReader};
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::net::UnixListener;
+    use std::process::Command;
+
+    fn path(n: u32) -> StorePath {
+        format!("{n:032}-name{n}").parse().unwrap()
+    }
+
+    fn prepared() -> (tempfile::TempDir, Layout) {
+        let dir = public_dir();
+        let layout = layout(dir.path());
+        make_dirs(&layout.temp_roots()).unwrap();
+        make_dirs(layout.gc_socket().parent().unwrap()).unwrap();
+        (dir, layout)
+    }
+
+    fn live(layout: &Layout) -> Vec<TempRoot> {
+        let mut found = read_all(layout, Stale::Delete, &Silent).unwrap();
+        assert!(found.unreadable.is_empty());
+        found.roots.sort();
+        found.roots
+    }
+
+    #[test]
+    fn written_as_nix_does() {
+        let (_dir, layout) = prepared();
+        let roots = TempRoots::new(layout.clone());
+        assert_eq!(roots.file(), None);
+        roots.add(&path(1)).unwrap();
+        roots.add_all([&path(2), &path(1)]).unwrap();
+        roots.add_all([]).unwrap();
+        let pid = std::process::id();
+        let file = layout.temp_roots().join(pid.to_string());
+        assert_eq!(roots.file(), Some(file.clone()));
+        let text: String = [1, 2, 1].map(|n| format!("{}\0", layout.store_dir.full(&path(n)))).concat();
+        assert_eq!(fs::read(&file).unwrap(), text.as_bytes());
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o7777, 0o600);
+        assert_eq!(live(&layout), [1, 1, 2].map(|n| TempRoot { path: path(n), pid }));
+        assert!(GcLock::acquire(&layout, Sharing::Exclusive, Wait::No).unwrap().is_some(), "not kept locked");
+        drop(roots);
+        assert!(!file.exists());
+    }
+
+    #[test]
+    fn files_of_the_dead_are_replaced_and_removed() {
+        let (_dir, layout) = prepared();
+        let ours = layout.temp_roots().join(std::process::id().to_string());
+        let full = layout.store_dir.full(&path(7));
+        for name in [ours.clone(), layout.temp_roots().join("123"), layout.temp_roots().join(".tmp")] {
+            fs::write(name, format!("{full}\0")).unwrap();
+        }
+        let found = read_all(&layout, Stale::Ignore, &Silent).unwrap();
+        assert!(found.roots.is_empty() && layout.temp_roots().join("123").exists());
+        let seen = fs::File::open(layout.temp_roots().join("123")).unwrap();
+        let roots = TempRoots::new(layout.clone());
+        roots.add(&path(8)).unwrap();
+        assert_eq!(live(&layout), [TempRoot { path: path(8), pid: std::process::id() }]);
+        assert!(!layout.temp_roots().join("123").exists());
+        assert!(layout.temp_roots().join(".tmp").exists());
+        let mut text = String::new();
+        (&seen).read_to_string(&mut text).unwrap();
+        assert!(text.starts_with('d'), "whoever opened it before sees that it is stale");
+    }
+
+    /// Two stores values in one process, or a process of another PID namespace.
+    #[test]
+    fn a_living_file_is_not_taken_over() {
+        let (_dir, layout) = prepared();
+        let (a, b) = (TempRoots::new(layout.clone()), TempRoots::new(layout.clone()));
+        a.add(&path(1)).unwrap();
+        b.add(&path(2)).unwrap();
+        let pid = std::process::id();
+        let expected = [TempRoot { path: path(1), pid }, TempRoot { path: path(2), pid: pid + BEYOND_PIDS }];
+        assert_eq!(live(&layout), expected);
+        drop(a);
+        assert_eq!(live(&layout), &expected[1..]);
+    }
+
+    #[test]
+    fn rubbish_in_files_is_no_root() {
+        let (_dir, layout) = prepared();
+        let file = LockFile::open(&layout.temp_roots().join("55")).unwrap();
+        assert!(file.lock(Sharing::Exclusive, &mut Wait::No).unwrap());
+        let full = layout.store_dir.full(&path(3));
+        fs::write(file.path(), format!("\0/etc/passwd\0{full}\0\u{fffd}\0{full}/below\0{full}")).unwrap();
+        assert_eq!(live(&layout), [TempRoot { path: path(3), pid: 55 }]);
+        fs::write(file.path(), "").unwrap();
+        assert_eq!(live(&layout), []);
+        fs::write(file.path(), &full).unwrap();
+        assert_eq!(live(&layout), [], "not finished");
+        fs::create_dir(layout.temp_roots().join("56")).unwrap();
+        assert!(read_all(&layout, Stale::Delete, &Silent).is_err());
+        fs::remove_dir(layout.temp_roots().join("56")).unwrap();
+        fs::remove_dir_all(layout.temp_roots().join("..").join("temproots")).unwrap();
+        assert_eq!(live(&layout), [], "no directory, no roots");
+    }
+
+    /// An idle process of Nix 1.8 holds its file shared; the collector keeps it from writing.
+    #[test]
+    fn owners_of_the_old_style_are_held_up() {
+        let (_dir, layout) = prepared();
+        let file = LockFile::open(&layout.temp_roots().join("77")).unwrap();
+        fs::write(file.path(), format!("{}\0", layout.store_dir.full(&path(4)))).unwrap();
+        file.lock(Sharing::Shared, &mut Wait::No).unwrap();
+        let found = read_all(&layout, Stale::Delete, &Silent).unwrap();
+        assert_eq!((found.roots.len(), found.legacy_locks.len()), (1, 1));
+        assert!(!file.lock(Sharing::Exclusive, &mut Wait::No).unwrap());
+        drop(found);
+        assert!(file.lock(Sharing::Exclusive, &mut Wait::No).unwrap());
+    }
+
+    #[test]
+    fn what_we_may_not_read_is_told() {
+        if !root_or_skip("what_we_may_not_read_is_told") {
+            return;
+        }
+        let (_dir, layout) = prepared();
+        let roots = TempRoots::new(layout.clone());
+        roots.add(&path(1)).unwrap();
+        let found = unprivileged(|| read_all(&layout, Stale::Ignore, &Silent)).unwrap();
+        assert_eq!((found.roots.len(), found.unreadable.len()), (0, 1));
+        let e = unprivileged(|| TempRoots::new(layout.clone()).add(&path(1))).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::PermissionDenied);
+        give_away(&layout.state);
+        assert_eq!(live(&layout).len(), 1);
+    }
+
+    /// Threads share one value; nothing is lost, no line is torn.
+    #[test]
+    fn threads() {
+        let (_dir, layout) = prepared();
+        let roots = TempRoots::new(layout.clone());
+        std::thread::scope(|scope| {
+            for t in 0..8 {
+                let roots = &roots;
+                scope.spawn(move || (0..50).for_each(|n| roots.add(&path(t * 50 + n)).unwrap()));
+            }
+        });
+        assert_eq!(
+            live(&layout),
+            (0..400).map(|n| TempRoot { path: path(n), pid: std::process::id() }).collect::<Vec<_>>()
+        );
+    }
+
+    /// While a collector runs, roots go through its socket; here it hangs up at times, answers
+    /// rubbish, and ends in the middle.
+    #[test]
+    fn hands_over_to_a_running_collector() {
+        let (_dir, layout) = prepared();
+        let lock = GcLock::acquire(&layout, Sharing::Exclusive, Wait::No).unwrap().unwrap();
+        let roots = TempRoots::new(layout.clone());
+        std::thread::scope(|scope| {
+            let adder = scope.spawn(|| {
+                let many: Vec<_> = (0..200).map(path).collect();
+                roots.add_all(&many).unwrap();
+                roots.add(&path(200)).unwrap();
+                roots.add(&path(201)).unwrap();
+            });
+            // It does not listen yet. Then there is a socket that nobody listens on.
+            std::thread::sleep(Duration::from_millis(50));
+            drop(UnixListener::bind(layout.gc_socket()).unwrap());
+            std::thread::sleep(Duration::from_millis(150));
+            assert!(!adder.is_finished());
+            fs::remove_file(layout.gc_socket()).unwrap();
+            let listener = UnixListener::bind(layout.gc_socket()).unwrap();
+            // Hangs up at once; after some lines; answers nonsense.
+            drop(listener.accept().unwrap());
+            let mut lines = BufReader::new(listener.accept().unwrap().0).lines();
+            for n in 0..64 {
+                assert_eq!(lines.next().unwrap().unwrap(), layout.store_dir.full(&path(n)));
+            }
+            drop(lines);
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(&[b'0'; 64]).unwrap();
+            // At last one that works: all are told again, in order.
+            let (stream, _) = listener.accept().unwrap();
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            for n in 0..=200 {
+                assert_eq!(lines.next().unwrap().unwrap(), layout.store_dir.full(&path(n)));
+                (&stream).write_all(b"1").unwrap();
+            }
+            // It ends without an answer, so the lock is there for the last one.
+            assert_eq!(lines.next().unwrap().unwrap(), layout.store_dir.full(&path(201)));
+            drop((stream, lines, listener, lock));
+            adder.join().unwrap();
+        });
+        assert_eq!(live(&layout).len(), 202);
+    }
+
+    /// An answer that does not come: the path is told again on a new connection.
+    #[test]
+    fn asks_again_after_a_time() {
+        let (_dir, layout) = prepared();
+        let _lock = GcLock::acquire(&layout, Sharing::Exclusive, Wait::No).unwrap().unwrap();
+        let listener = UnixListener::bind(layout.gc_socket()).unwrap();
+        let mut roots = TempRoots::new(layout.clone());
+        roots.answer_timeout = Duration::from_millis(50);
+        std::thread::scope(|scope| {
+            let adder = scope.spawn(|| roots.add(&path(1)).unwrap());
+            let _silent = listener.accept().unwrap();
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"1").unwrap();
+            adder.join().unwrap();
+        });
+        assert_eq!(live(&layout).len(), 1);
+    }
+
+    /// The longest address of a socket is 107 bytes.
+    #[test]
+    fn long_state_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = layout(&dir.path().join("x".repeat(120)));
+        make_dirs(layout.gc_socket().parent().unwrap()).unwrap();
+        let _lock = GcLock::acquire(&layout, Sharing::Exclusive, Wait::No).unwrap().unwrap();
+        let socket_dir = crate::testing::open(layout.gc_socket().parent().unwrap());
+        let listener = UnixListener::bind(format!("{}/socket", crate::entry::proc_path(socket_dir.as_fd()))).unwrap();
+        let roots = TempRoots::new(layout.clone());
+        std::thread::scope(|scope| {
+            scope.spawn(|| listener.accept().unwrap().0.write_all(b"1").unwrap());
+            roots.add(&path(1)).unwrap();
+        });
+    }
+
+    /// A process that is killed leaves its file, but not its protection.
+    #[test]
+    fn killed_processes_protect_nothing() {
+        if let Some(dir) = child_argument() {
+            let roots = TempRoots::new(layout(Path::new(&dir)));
+            roots.add(&path(5)).unwrap();
+            println!("ready");
+            std::thread::sleep(Duration::from_secs(60));
+            return;
+        }
+        let (dir, layout) = prepared();
+        let argument = dir.path().to_str().unwrap();
+        let mut process = child("temp_roots::tests::killed_processes_protect_nothing", argument, "");
+        eventually("the child has its root", || live(&layout) == [TempRoot { path: path(5), pid: process.id() }]);
+        process.kill().unwrap();
+        process.wait().unwrap();
+        assert!(layout.temp_roots().join(process.id().to_string()).exists());
+        assert_eq!(live(&layout), []);
+        assert!(!layout.temp_roots().join(process.id().to_string()).exists());
+    }
+
+    /// A real collector spares what our file names, and what we tell it while it runs.
+    #[test]
+    fn interop_real_collector_spares_our_roots() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = layout(dir.path());
+        let Some(nix) = RealNix::find("interop_real_collector_spares_our_roots", &layout) else { return };
+        let [kept, told, gone] = ["kept", "told", "gone"].map(|name| nix.add(name, name));
+        let roots = TempRoots::new(layout.clone());
+        roots.add(&kept).unwrap();
+        let listed = nix.run(&["--gc", "--print-roots"]);
+        assert_eq!(listed, format!("{{temp:{}}} -> {}", std::process::id(), layout.store_dir.full(&kept)));
+        // The collector reads a byte from here before it deletes anything.
+        let fifo = dir.path().join("fifo");
+        assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        let collector = nix.command(&["--gc"]).env("_NIX_TEST_GC_SYNC", &fifo).spawn().unwrap();
+        eventually("the collector has the lock and listens", || {
+            layout.gc_socket().exists() && GcLock::acquire(&layout, Sharing::Shared, Wait::No).unwrap().is_none()
+        });
+        // More than one package of lines.
+        let many: Vec<_> = (0..200).map(path).collect();
+        roots.add_all(many.iter().chain([&told])).unwrap();
+        fs::write(&fifo, b"x").unwrap();
+        let output = collector.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(layout.real_path(&kept).exists() && layout.real_path(&told).exists());
+        assert!(!layout.real_path(&gone).exists());
+        drop(roots);
+        nix.run(&["--gc"]);
+        assert!(!layout.real_path(&kept).exists() && !layout.real_path(&told).exists());
+    }
 }
