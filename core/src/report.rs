@@ -25,6 +25,11 @@ pub trait Reporter: Sync {
 
     /// Work of a known or unknown size begins, goes on (`done` of `total`, any unit), or ends.
     fn progress(&self, _step: Progress<'_>) {}
+
+    /// Does the user want the work to stop? Long work asks now and then, and ends tidily.
+    fn is_cancelled(&self) -> bool {
+        false
+    }
 }
 
 /// A step of some long work.

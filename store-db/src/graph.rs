@@ -633,7 +633,7 @@ impl Found {
 /// oneself and out of the set are passed over.
 ///
 /// A cycle gives the path met again and the one that refers to it. Source: cli, section 6.1.
-pub(crate) fn topological_order<'a>(
+pub fn topological_order<'a>(
     count: usize,
     members: impl Iterator<Item = u32>,
     references: impl Fn(u32) -> &'a [u32],

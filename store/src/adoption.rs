@@ -39,9 +39,8 @@ impl LocalStore {
             })
             .map_err(unreadable)?;
         let ours = self.valid_subset(&theirs)?;
-        let mut unknown = theirs
-            .difference(&ours)
-            .filter(|path| std::fs::symlink_metadata(self.layout().real_path(path)).is_ok());
+        let mut unknown =
+            theirs.difference(&ours).filter(|path| std::fs::symlink_metadata(self.layout().real_path(path)).is_ok());
         let Some(first) = unknown.next() else {
             // The next look need not be this thorough.
             if self.ledger().is_ok() {
@@ -61,11 +60,9 @@ impl LocalStore {
     pub fn refuse_unless_adopted(&self) -> Result<(), StoreError> {
         match self.unknown_to_us()? {
             None => Ok(()),
-            Some(Unknown { count, example }) => Err(StoreError::NotAdopted {
-                ledger: self.layout().db().join("db.sqlite"),
-                count,
-                example,
-            }),
+            Some(Unknown { count, example }) => {
+                Err(StoreError::NotAdopted { ledger: self.layout().db().join("db.sqlite"), count, example })
+            }
         }
     }
 

@@ -64,9 +64,6 @@ impl LocalStore {
             memo.modulo(self.dir(), &drv, Mask::On, |input| self.derivation(input).map_err(Box::new))
         })
         .map_err(|error| StoreError::DerivationCheck(Box::new(error)))?;
-        Ok(drv
-            .output_paths()
-            .filter_map(|(name, path)| Some((name.as_str().to_owned(), path?.clone())))
-            .collect())
+        Ok(drv.output_paths().filter_map(|(name, path)| Some((name.as_str().to_owned(), path?.clone()))).collect())
     }
 }

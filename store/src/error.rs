@@ -3,12 +3,15 @@
 use std::io;
 use std::path::PathBuf;
 
-use larder_core::derivation::DerivationError;
+use larder_core::derivation::aterm::DerivationError;
+use larder_core::derivation::check::CheckError;
+use larder_core::derivation::modulo::ModuloError;
 use larder_core::export::ExportError;
 use larder_core::hash::{Hash, Sha256Digest};
 use larder_core::registration::RegistrationError;
 use larder_core::store_dir::{MakePathError, StoreDir};
 use larder_core::store_path::{NameError, StorePath};
+use larder_fs::canon::CanonError;
 use larder_fs::dump::DumpError;
 use larder_fs::file_error::FileError;
 use larder_fs::layout::LayoutError;
@@ -49,14 +52,14 @@ pub enum StoreError {
     Changed { path: String, expected: Sha256Digest, found: Sha256Digest },
     #[error("hash mismatch importing path '{path}';\n  specified: {expected}\n  got:       {found}")]
     Mismatch { path: String, expected: Hash, found: Hash },
-    #[error("cannot find out who else needs the paths, so nothing may be deleted")]
-    Roots(#[from] larder_gc::roots::RootsError),
     #[error(transparent)]
     Db(DbError),
     #[error(transparent)]
     Layout(#[from] LayoutError),
     #[error(transparent)]
     File(#[from] FileError),
+    #[error(transparent)]
+    Canon(#[from] CanonError),
     #[error(transparent)]
     Dump(#[from] DumpError),
     #[error(transparent)]
@@ -69,7 +72,7 @@ pub enum StoreError {
     Derivation { path: String, source: DerivationError },
     /// A derivation that says of itself what is not so.
     #[error(transparent)]
-    DerivationCheck(#[from] larder_core::derivation::CheckError),
+    DerivationCheck(#[from] Box<CheckError<ModuloError<Box<StoreError>>>>),
     #[error("derivation '{path}' is too large: it has {size_bytes} bytes")]
     LargeDerivation { path: String, size_bytes: u64 },
     #[error("'{name}' cannot be the name of a store object")]
@@ -85,6 +88,9 @@ pub enum StoreError {
     NotRegular { path: PathBuf },
     #[error("the store was opened for reading only")]
     ReadOnly,
+    /// The reporter said that the user wants to stop.
+    #[error("interrupted by the user")]
+    Interrupted,
 }
 
 impl From<DbError> for StoreError {
@@ -107,4 +113,16 @@ impl StoreError {
             other => other,
         }
     }
+}
+
+/// An error and its reasons in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(reason) = next {
+        text.push_str(": ");
+        text.push_str(&reason.to_string());
+        next = reason.source();
+    }
+    text
 }

@@ -24,11 +24,13 @@ use larder_core::refscan::Scanner;
 use larder_core::report::Level;
 use larder_core::store_dir::References;
 use larder_core::store_path::{Name, StorePath};
+use larder_fs::canon::{self, CanonOptions, Origin, Seen};
 use larder_fs::dump::{self, DumpOptions, StreamError};
+use larder_fs::entry::Target;
 use larder_fs::file_error::FileError;
 use larder_fs::lock_file::Wait;
 use larder_fs::path_lock::{OnRelease, PathLocks};
-use larder_fs::remove::{self, OnFailure, Target};
+use larder_fs::remove::{self, OnFailure};
 use larder_fs::restore::{Metadata, RestoreOptions, Restorer};
 use larder_store_db::Batch;
 use rustix::fs::{CWD, Mode, OFlags};
@@ -39,9 +41,9 @@ use crate::local::{LocalStore, now_s};
 /// How many sealed objects wait for one transaction. Each holds a lock file open.
 const MAX_PENDING: usize = 64;
 
-/// Objects with fewer entries than this are brought to the disk one by one; others with all that
-/// the file system holds back.
-const SYNC_EACH_BELOW: u64 = 64;
+/// The files of objects with smaller archives than this (bytes) are brought to the disk one by
+/// one; those of others with all that the file system holds back.
+const SYNC_EACH_BELOW: u64 = 128 << 10;
 
 /// An object that lies in the store directory under a temporary name. Dropped, it goes away.
 #[derive(Debug)]
@@ -53,7 +55,6 @@ pub(crate) struct Incoming<'s> {
     pub(crate) nar_size_bytes: u64,
     /// Of the candidates that were looked for.
     pub(crate) found: BTreeSet<HashPart>,
-    entries: u64,
 }
 
 impl Drop for Incoming<'_> {
@@ -67,7 +68,7 @@ impl Drop for Incoming<'_> {
 /// Takes an archive in pieces.
 pub(crate) struct Intake<'s> {
     incoming: Incoming<'s>,
-    restorer: Restorer,
+    restorer: Restorer<'s>,
     hasher: NarHasher,
     scanner: Option<Scanner>,
 }
@@ -75,9 +76,9 @@ pub(crate) struct Intake<'s> {
 impl<'s> Intake<'s> {
     /// Takes what belongs to the archive off the front of `input`.
     pub(crate) fn push(&mut self, input: &mut &[u8]) -> Result<(), StoreError> {
-        let before = *input;
-        self.restorer.push(input)?;
-        let (taken, _) = before.split_at(before.len() - input.len());
+        self.incoming.store.check_interrupt()?;
+        let (taken, rest) = input.split_at(self.restorer.push(input)?);
+        *input = rest;
         self.hasher.update(taken);
         if let Some(scanner) = &mut self.scanner {
             scanner.push(taken);
@@ -92,9 +93,12 @@ impl<'s> Intake<'s> {
 
     pub(crate) fn finish(self) -> Result<Incoming<'s>, StoreError> {
         let Self { mut incoming, restorer, hasher, scanner } = self;
-        incoming.entries = restorer.finish()?.entries;
+        let restored = restorer.finish()?;
         (incoming.nar_hash, incoming.nar_size_bytes) = hasher.finish();
         incoming.found = scanner.map(Scanner::finish).unwrap_or_default();
+        if !restored.canonical {
+            incoming.store.canonicalise(&incoming.entry)?;
+        }
         Ok(incoming)
     }
 }
@@ -105,7 +109,6 @@ struct Sealed {
     info: PathInfo,
     outputs: BTreeMap<String, StorePath>,
     locks: PathLocks,
-    entries: u64,
 }
 
 /// Objects on their way in, committed together.
@@ -134,14 +137,30 @@ pub struct ContentAddressed {
 }
 
 impl LocalStore {
+    /// An error once the user wants to stop.
+    pub(crate) fn check_interrupt(&self) -> Result<(), StoreError> {
+        if self.reporter().is_cancelled() { Err(StoreError::Interrupted) } else { Ok(()) }
+    }
+
     /// Deletes an entry of the store directory that is not valid; a failure is only told.
     pub(crate) fn discard(&self, entry: &OsStr) {
         let Ok(dir) = self.store_fd() else { return };
         let target = Target { dir, name: entry, dir_path: &self.layout().real_store };
         if let Err(error) = remove::remove(target, OnFailure::Continue) {
             let reason = &error.source;
-            self.reporter().message(Level::Warn, format_args!("cannot remove what is left of an addition: {error}: {reason}"));
+            self.reporter()
+                .message(Level::Warn, format_args!("cannot remove what is left of an addition: {error}: {reason}"));
         }
+    }
+
+    /// Gives everything at an entry of the store directory its canonical metadata.
+    pub(crate) fn canonicalise(&self, entry: &OsStr) -> Result<(), StoreError> {
+        let target = Target { dir: self.store_fd()?, name: entry, dir_path: &self.layout().real_store };
+        Ok(canon::canonicalise(
+            target,
+            &CanonOptions { origin: &Origin::Trusted, ignored_acls: &self.options().ignored_acls },
+            &mut Seen::default(),
+        )?)
     }
 
     /// Begins to take an archive. `candidates` are the hash parts to look for in it.
@@ -162,9 +181,12 @@ impl LocalStore {
         let options = RestoreOptions {
             metadata: Metadata::Store,
             case_hack: self.options().use_case_hack,
+            preallocate: self.options().preallocate_contents,
+            ignored_xattrs: &self.options().ignored_acls,
             below: Some(&self.layout().real_store),
+            ..RestoreOptions::default()
         };
-        let restorer = Restorer::new(self.store_fd()?, &entry, &options)?;
+        let restorer = Restorer::new(self.store_fd()?, &entry, options);
         let incoming = Incoming {
             store: self,
             entry,
@@ -172,7 +194,6 @@ impl LocalStore {
             nar_hash: Sha256Digest([0; 32]),
             nar_size_bytes: 0,
             found: BTreeSet::new(),
-            entries: 0,
         };
         Ok(Intake { incoming, restorer, hasher: NarHasher::new(), scanner: candidates.map(Scanner::new) })
     }
@@ -220,10 +241,7 @@ fn open_flat(source: &Path) -> Result<std::fs::File, StoreError> {
 }
 
 /// Reads to the end, in pieces of up to 256 KiB.
-fn copy(
-    file: &mut dyn Read,
-    each: &mut dyn FnMut(&[u8]) -> Result<(), StoreError>,
-) -> Result<(), StoreError> {
+fn copy(file: &mut dyn Read, each: &mut dyn FnMut(&[u8]) -> Result<(), StoreError>) -> Result<(), StoreError> {
     let mut block = vec![0; dump::BLOCK_BYTES];
     loop {
         match file.read(&mut block) {
@@ -288,13 +306,15 @@ impl<'s> Arrivals<'s> {
         self.check_references(&info)?;
         let real = store.layout().real_path(&path);
         let reporter = store.reporter();
-        let mut say = |path: &Path| reporter.message(Level::Info, format_args!("waiting for lock on '{}'...", path.display()));
-        let locks = PathLocks::acquire([&real], &store.options().held_locks, Wait::Yes(&mut say))?
+        let mut say =
+            |path: &Path| reporter.message(Level::Info, format_args!("waiting for lock on '{}'...", path.display()));
+        let mut locks = PathLocks::acquire([&real], &store.options().held_locks, Wait::Yes(&mut say))?
             .expect("waited until it was free");
+        // Whether the path becomes valid or goes away again, nobody needs its lock file then.
+        locks.on_release(OnRelease::Delete);
         if store.is_valid(&path)? {
             // Someone else added it while we waited.
-            release(locks, OnRelease::Delete)?;
-            return Ok(());
+            return Ok(locks.release()?);
         }
         let outputs =
             if path.is_derivation() { store.check_derivation(&path, &incoming.entry)? } else { BTreeMap::new() };
@@ -303,14 +323,14 @@ impl<'s> Arrivals<'s> {
         // What lies there is not valid: the remains of a crash, or of a deletion.
         let target = Target { dir, name: &entry, dir_path: &store.layout().real_store };
         remove::remove(target, OnFailure::Stop).map_err(FileError::from)?;
-        if store.options().sync && incoming.entries < SYNC_EACH_BELOW {
+        if store.options().sync && incoming.nar_size_bytes < SYNC_EACH_BELOW {
             larder_fs::sync::sync_tree(dir, &incoming.entry, &store.layout().real_store)?;
         }
         rustix::fs::renameat(dir, &incoming.entry, dir, &entry)
             .map_err(|e| FileError::new("renaming to", &real, std::io::Error::from(e)))?;
         incoming.kept = true;
         info.registration_time_s = now_s();
-        self.pending.push(Sealed { info, outputs, locks, entries: incoming.entries });
+        self.pending.push(Sealed { info, outputs, locks });
         if self.pending.len() >= MAX_PENDING {
             self.commit()?;
         }
@@ -333,6 +353,10 @@ impl<'s> Arrivals<'s> {
         }
     }
 
+    pub(crate) fn store(&self) -> &'s LocalStore {
+        self.store
+    }
+
     /// How many objects wait to be registered.
     pub fn pending(&self) -> usize {
         self.pending.len()
@@ -346,7 +370,7 @@ impl<'s> Arrivals<'s> {
         let store = self.store;
         if store.options().sync {
             let dir = store.store_fd()?;
-            let large = self.pending.iter().any(|sealed| sealed.entries >= SYNC_EACH_BELOW);
+            let large = self.pending.iter().any(|sealed| sealed.info.nar_size_bytes >= SYNC_EACH_BELOW);
             // The names of small objects, whose data is on the disk already, need the directory only.
             let synced = if large { rustix::fs::syncfs(dir) } else { larder_fs::sync::sync_dir(dir) };
             synced.map_err(|e| FileError::new("syncing", &store.layout().real_store, std::io::Error::from(e)))?;
@@ -358,15 +382,10 @@ impl<'s> Arrivals<'s> {
         store.ledger()?.register(batch).map_err(|error| StoreError::from(error).in_dir(store.dir()))?;
         // They are valid: nothing below takes them away again.
         for sealed in std::mem::take(&mut self.pending) {
-            release(sealed.locks, OnRelease::Delete)?;
+            sealed.locks.release()?;
         }
         Ok(())
     }
-}
-
-fn release(mut locks: PathLocks, what: OnRelease) -> Result<(), StoreError> {
-    locks.on_release(what);
-    Ok(locks.release()?)
 }
 
 /// Takes a regular file as an archive of its own; gives the hash of its contents.

@@ -1,4 +1,19 @@
-//! The local store.
+//! The store on a local file system: one door in, one ledger, and nothing deleted by guess.
+//!
+//! What comes in comes through [`ingest`]; what is valid is what the ledger (`larder-store-db`)
+//! says; objects are real entries of the store directory (`larder-fs`).
 
+pub mod adoption;
+pub mod delete;
+mod derivations;
+pub mod error;
 pub mod foreign;
+pub mod ingest;
+pub mod local;
+pub mod register;
 pub mod sqlite;
+mod transfer;
+pub mod verify;
+
+pub use error::StoreError;
+pub use local::{LocalStore, Options};

@@ -25,11 +25,14 @@ pub struct Options {
     /// Empty for none.
     pub build_users_group: String,
     pub ignored_acls: Vec<String>,
+    pub preallocate_contents: bool,
     pub gc_reserved_space_bytes: u64,
     pub keep_outputs: bool,
     pub keep_derivations: bool,
     /// Write objects to the disk before they are registered (setting `fsync-metadata`).
     pub sync: bool,
+    /// Where the ledger is, if not in `db` of the state directory.
+    pub db_dir: Option<std::path::PathBuf>,
     /// Locks that our parent process holds for us (`NIX_HELD_LOCKS`).
     pub held_locks: HeldLocks,
 }
@@ -41,10 +44,12 @@ impl Default for Options {
             allow_symlinked_store: false,
             build_users_group: String::new(),
             ignored_acls: vec!["security.selinux".into(), "system.nfs4_acl".into(), "security.csm".into()],
+            preallocate_contents: false,
             gc_reserved_space_bytes: 8 << 20,
             keep_outputs: false,
             keep_derivations: true,
             sync: true,
+            db_dir: None,
             held_locks: HeldLocks::default(),
         }
     }
@@ -94,7 +99,7 @@ impl LocalStore {
             },
             &*reporter,
         )?;
-        let db_dir = layout.db();
+        let db_dir = options.db_dir.clone().unwrap_or_else(|| layout.db());
         let db = match access {
             Access::ReadWrite => {
                 // A full disk is no reason to fail here: the reserve is a help, not a need.
@@ -159,6 +164,14 @@ impl LocalStore {
         self.dirs.store().ok_or(StoreError::ReadOnly)
     }
 
+    /// The real store directory, to read below.
+    pub(crate) fn object_dir(&self) -> Result<BorrowedFd<'_>, StoreError> {
+        self.dirs.store().ok_or_else(|| {
+            let source = std::io::Error::from(std::io::ErrorKind::NotFound);
+            larder_fs::file_error::FileError::new("opening directory", &self.layout.real_store, source).into()
+        })
+    }
+
     /// Protects paths from collectors until this process ends.
     pub fn add_temp_roots<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) -> Result<(), StoreError> {
         Ok(self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone())).add_all(paths)?)
@@ -192,16 +205,65 @@ impl LocalStore {
         self.read(|txn| Ok(txn.info(path)?))?.ok_or_else(|| self.not_valid(path))
     }
 
-    pub(crate) fn not_valid(&self, path: &StorePath) -> StoreError {
+    /// The error for a path that ought to be valid.
+    pub fn not_valid(&self, path: &StorePath) -> StoreError {
         StoreError::NotValid { path: self.dir().full(path) }
     }
 
     /// Outputs of a valid derivation, by name, as far as their paths are known.
     pub fn derivation_outputs(&self, path: &StorePath) -> Result<BTreeMap<String, StorePath>, StoreError> {
-        self.read(|txn| {
-            if txn.is_valid(path)? { Ok(Some(txn.derivation_outputs(path)?)) } else { Ok(None) }
-        })?
-        .ok_or_else(|| self.not_valid(path))
+        self.read(|txn| if txn.is_valid(path)? { Ok(Some(txn.derivation_outputs(path)?)) } else { Ok(None) })?
+            .ok_or_else(|| self.not_valid(path))
+    }
+
+    /// Some paths with references before referrers, as `-qR` prints them. Paths that are not
+    /// valid refer to nothing.
+    pub fn order(&self, paths: &BTreeSet<StorePath>) -> Result<Vec<StorePath>, StoreError> {
+        let paths: Vec<StorePath> = paths.iter().cloned().collect();
+        let infos = self.read_or(|| vec![None; paths.len()], |txn| Ok(txn.infos(&paths)?))?;
+        let number: BTreeMap<&StorePath, u32> = paths.iter().zip(0..).collect();
+        let references: Vec<Vec<u32>> = infos
+            .iter()
+            .zip(0..)
+            .map(|(info, this)| {
+                let all = info.iter().flat_map(|info| &info.references);
+                all.filter_map(|path| number.get(path).copied()).filter(|n| *n != this).collect()
+            })
+            .collect();
+        let of = |node: u32| references.get(node as usize).map_or(&[][..], Vec::as_slice);
+        let order = larder_store_db::graph::topological_order(
+            paths.len(),
+            0..u32::try_from(paths.len()).unwrap_or(u32::MAX),
+            of,
+            |_| true,
+        );
+        let path = |node: u32| paths.get(node as usize).expect("the order is of these paths");
+        match order {
+            Ok(order) => Ok(order.into_iter().map(|node| path(node).clone()).collect()),
+            Err((at, from)) => {
+                Err(StoreError::Cycle { path: self.dir().full(path(at)), from: self.dir().full(path(from)) })
+            }
+        }
+    }
+
+    /// Paths whose build failed, as far as that is remembered.
+    pub fn failed_paths(&self) -> Result<Vec<StorePath>, StoreError> {
+        self.read(|txn| Ok(txn.failed_paths()?.into_iter().map(|(path, _)| path).collect()))
+    }
+
+    /// Forgets that building some paths, or any, failed.
+    pub fn clear_failed_paths(&self, paths: Option<&[StorePath]>) -> Result<(), StoreError> {
+        self.ledger()?.write(|txn| {
+            match paths {
+                None => txn.clear_all_failed()?,
+                Some(paths) => {
+                    for path in paths {
+                        txn.clear_failed(path)?;
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 
     /// The valid ones among some paths.

@@ -9,8 +9,7 @@ use larder_core::path_info::PathInfo;
 use larder_core::registration::{self, Form, Parser};
 use larder_core::report::Level;
 use larder_core::store_path::StorePath;
-use larder_fs::canon;
-use larder_store_db::{Batch, NewPath};
+use larder_store_db::{Batch, Graph, NewPath};
 
 use crate::error::StoreError;
 use crate::foreign::ForeignLedger;
@@ -67,14 +66,24 @@ impl LocalStore {
         let mut text = Vec::with_capacity(FULL + (1 << 16));
         let Some(paths) = paths else {
             return self.read(|txn| {
-                txn.for_each_record(|record| {
+                // Records name what they refer to by hash parts; the graph knows all names, and
+                // its nodes have the order of the records.
+                let graph = Graph::load(txn)?;
+                let mut nodes = graph.nodes();
+                txn.for_each(|view| {
+                    let node = nodes.next().expect("graph and records are of one moment");
+                    let deriver = view.deriver().map(|deriver| deriver.to_store_path()).transpose();
+                    let deriver = deriver.map_err(|source| larder_store_db::DbError::Record {
+                        path: self.dir().full(&view.path().to_store_path()),
+                        source,
+                    })?;
                     registration::write_record(
                         &mut text,
                         self.dir(),
-                        record.path,
-                        Some((&record.nar_hash, record.nar_size_bytes)),
-                        record.deriver,
-                        record.references,
+                        view.path(),
+                        Some((&view.nar_hash, view.nar_size_bytes)),
+                        deriver.as_ref().map(Into::into),
+                        graph.references(node).map(|reference| graph.path_ref(reference)),
                     );
                     if text.len() > FULL {
                         out.write_all(&text).map_err(StoreError::Output)?;
@@ -106,26 +115,22 @@ impl LocalStore {
     pub fn load_db(&self, source: impl Read) -> Result<(), StoreError> {
         let mut batch = Batch::new();
         let now = now_s();
-        let mut references = Vec::new();
-        let mut derivations = Vec::new();
         records(source, &mut Parser::new(self.dir(), Form::WithHash), &mut |record| {
-            references.clear();
-            references.extend(record.references());
+            let references: Vec<_> = record.references().collect();
             let (nar_hash, nar_size_bytes) = record.hash_size.expect("this form has both");
             let mut new = NewPath::new(record.path, nar_hash, nar_size_bytes);
             new.references = &references;
             new.deriver = record.deriver;
             new.registration_time_s = now;
-            if record.path.is_derivation() {
-                // Their outputs can be told only when everything they refer to is known.
-                derivations.push(record.path.to_store_path());
+            if !record.path.is_derivation() {
+                return Ok(batch.push(&new)?);
             }
+            let path = record.path.to_store_path();
+            let outputs = self.check_derivation(&path, OsStr::new(&path.to_string()))?;
+            let outputs: Vec<_> = outputs.iter().map(|(name, path)| (name.as_str(), path.into())).collect();
+            new.outputs = &outputs;
             Ok(batch.push(&new)?)
         })?;
-        for path in derivations {
-            let outputs = self.check_derivation(&path, OsStr::new(&path.to_string()))?;
-            batch.set_outputs(&path, &outputs)?;
-        }
         self.register(batch)
     }
 
@@ -149,11 +154,7 @@ impl LocalStore {
             if !options.reregister && self.is_valid(&record.path)? {
                 continue;
             }
-            let name = record.path.to_string();
-            canon::canonicalise(
-                larder_fs::remove::Target { dir: self.store_fd()?, name: OsStr::new(&name), dir_path: &self.layout().real_store },
-                &canon::CanonOptions { ignored_acls: &self.options().ignored_acls, builder: None },
-            )?;
+            self.canonicalise(OsStr::new(&record.path.to_string()))?;
             let (nar_hash, nar_size_bytes) = match record.hash_size {
                 Some(given) => given,
                 None => {
@@ -238,7 +239,10 @@ impl LocalStore {
         for path in &gone {
             self.reporter().message(
                 Level::Warn,
-                format_args!("'{}' was not taken over: its files, or those of something it needs, are missing", self.dir().display(path)),
+                format_args!(
+                    "'{}' was not taken over: its files, or those of something it needs, are missing",
+                    self.dir().display(path)
+                ),
             );
         }
         let known = self.valid_subset(&infos.iter().map(|info| info.path.clone()).collect())?;
@@ -249,7 +253,9 @@ impl LocalStore {
                 // It was checked when real Nix registered it, and may be one that only real Nix
                 // understands: then its outputs are not known here.
                 match self.derivation(&info.path) {
-                    Ok(drv) => drv.output_paths().filter_map(|(n, p)| Some((n.as_str().to_owned(), p?.clone()))).collect(),
+                    Ok(drv) => {
+                        drv.output_paths().filter_map(|(n, p)| Some((n.as_str().to_owned(), p?.clone()))).collect()
+                    }
                     Err(error) => {
                         self.reporter().message(Level::Warn, format_args!("{error}; its outputs are not recorded"));
                         BTreeMap::new()

@@ -4,8 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::io::{Read, Write};
 
-use larder_core::export::{Lead, Next, Step, Trailer, write_lead, write_trailer};
-use larder_core::export::ExportError;
+use larder_core::export::{ExportError, Lead, Next, Step, Trailer, write_lead, write_trailer};
 use larder_core::hash::NarHasher;
 use larder_core::path_info::PathInfo;
 use larder_core::store_path::StorePath;
@@ -116,12 +115,15 @@ impl LocalStore {
     pub(crate) fn dump_object(
         &self,
         path: &StorePath,
-        sink: impl FnMut(&[u8]) -> Result<(), StoreError> + Send,
+        mut sink: impl FnMut(&[u8]) -> Result<(), StoreError>,
     ) -> Result<u64, StoreError> {
         let options = DumpOptions { case_hack: self.options().use_case_hack, below: Some(&self.layout().real_store) };
         let name = path.to_string();
-        let dir = self.object_dir()?;
-        dump::dump_pipelined(dir, OsStr::new(&name), &options, sink).map_err(stream_error)
+        dump::dump_pipelined(self.object_dir()?, OsStr::new(&name), &options, |bytes| {
+            self.check_interrupt()?;
+            sink(bytes)
+        })
+        .map_err(stream_error)
     }
 
     /// Reads an export stream and registers its objects; `each` hears of every path in it, as it

@@ -1,0 +1,306 @@
+//! The operations of `nix-store` on a local store, but for queries.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use larder_core::content_address::Method;
+use larder_core::hash::Algorithm;
+use larder_core::report::{Level, Progress, Reporter};
+use larder_core::settings::Settings;
+use larder_core::store_path::{Name, NameError};
+use larder_fs::layout::Access;
+use larder_fs::path_lock::HeldLocks;
+use larder_store::delete::DeleteOptions;
+use larder_store::ingest::ContentAddressed;
+use larder_store::register::RegisterOptions;
+use larder_store::verify::VerifyOptions;
+use larder_store::{LocalStore, Options};
+
+use crate::applets::Context;
+use crate::args::shown;
+use crate::conf::{self, Facts, StoreChoice, choose};
+use crate::exit::{Failure, Status};
+use crate::interrupt::Interrupt;
+use crate::paths::{absolute, store_path, store_paths};
+use crate::printer::{Output, Printer};
+use crate::terminal::Terminal;
+
+/// Why an operation on the store cannot be done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreOpError {
+    #[error("cannot open Nix store '{uri}': this build of Larder speaks to local stores only")]
+    NotLocal { uri: String },
+    #[error("path '{path}' does not exist")]
+    NoFile { path: String },
+    #[error("'{path}' has no name that a store object could have")]
+    NoName { path: String },
+    #[error("'{name}' cannot be the name of a store object")]
+    Name { name: String, source: NameError },
+    #[error("{what}: this version of Larder does not do that yet (see SHORTCOMINGS.md)")]
+    NotYet { what: &'static str },
+}
+
+/// Tells the terminal, and asks whether the user wants us to stop.
+struct Voice {
+    terminal: Arc<Terminal>,
+    interrupt: Interrupt,
+}
+
+impl Reporter for Voice {
+    fn shows(&self, level: Level) -> bool {
+        self.terminal.shows(level)
+    }
+    fn message(&self, level: Level, text: std::fmt::Arguments<'_>) {
+        self.terminal.message(level, text);
+    }
+    fn progress(&self, step: Progress<'_>) {
+        self.terminal.progress(step);
+    }
+    fn is_cancelled(&self) -> bool {
+        self.interrupt.is_raised()
+    }
+}
+
+/// Opens the store that the settings and the environment choose.
+pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access) -> Result<LocalStore, Failure> {
+    let local = match choose(&settings.store, &cx.env, Facts::gather(&cx.env)?)? {
+        StoreChoice::Local(local) => local,
+        StoreChoice::Daemon { socket } => {
+            return Err(StoreOpError::NotLocal { uri: format!("unix://{}", socket.display()) }.into());
+        }
+        StoreChoice::Remote { uri } => return Err(StoreOpError::NotLocal { uri }.into()),
+    };
+    let access = if local.read_only || settings.readonly_mode { Access::ReadOnly } else { access };
+    if access == Access::ReadWrite {
+        if local.is_private && !local.layout.state.exists() {
+            cx.terminal.message(
+                Level::Notice,
+                format_args!(
+                    "'/nix' is not yours to write to, so this store is your own and lies in '{}'",
+                    local.root.as_deref().unwrap_or(&local.layout.state).display()
+                ),
+            );
+        }
+        if cx.env.is_root {
+            // Before anything is opened below it, and before there are threads to leave behind.
+            larder_fs::mounts::make_store_writable(&local.layout.real_store)?;
+        }
+    }
+    open_local(cx, settings, local, access)
+}
+
+fn open_local(
+    cx: &Context,
+    settings: &Settings,
+    local: conf::LocalStore,
+    access: Access,
+) -> Result<LocalStore, Failure> {
+    let options = Options {
+        use_case_hack: settings.use_case_hack,
+        allow_symlinked_store: settings.allow_symlinked_store,
+        build_users_group: settings.build_users_group.clone(),
+        ignored_acls: settings.ignored_acls.iter().cloned().collect(),
+        preallocate_contents: settings.preallocate_contents,
+        gc_reserved_space_bytes: settings.gc_reserved_space,
+        keep_outputs: settings.keep_outputs,
+        keep_derivations: settings.keep_derivations,
+        sync: settings.fsync_metadata,
+        db_dir: Some(local.db_dir),
+        held_locks: cx.env.get("NIX_HELD_LOCKS").map(|v| HeldLocks::parse(v.as_bytes())).unwrap_or_default(),
+    };
+    let voice = Arc::new(Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() });
+    let store = LocalStore::open(local.layout, options, access, voice)?;
+    store.tell_of_real_nix()?;
+    Ok(store)
+}
+
+/// What a file is called in the store: the last part of its path.
+pub(in crate::applets) fn object_name(file: &OsStr) -> Result<Name, Failure> {
+    let path = absolute(file)?;
+    let base = Path::new(OsStr::from_bytes(&path)).file_name();
+    let base = base.ok_or_else(|| StoreOpError::NoName { path: shown(file) })?;
+    let text = base.to_str().unwrap_or("\u{fffd}");
+    Name::new(text).map_err(|source| StoreOpError::Name { name: shown(base), source }.into())
+}
+
+/// `--add` and `--add-fixed`: all files in as few commits as can be; paths are printed as they
+/// become valid, in order, also those before an error.
+pub(super) fn add(
+    cx: &Context,
+    settings: &Settings,
+    files: &[OsString],
+    method: Method,
+    algorithm: Algorithm,
+) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadWrite)?;
+    let mut arrivals = store.arrivals();
+    let mut out = Printer::new(Output::Listing);
+    let mut waiting = Vec::new();
+    let mut outcome: Result<(), Failure> = Ok(());
+    for file in files {
+        let added = object_name(file).and_then(|name| {
+            let path = std::path::PathBuf::from(OsStr::from_bytes(&absolute(file)?));
+            if let Err(e) = std::fs::symlink_metadata(&path)
+                && e.kind() == io::ErrorKind::NotFound
+            {
+                return Err(StoreOpError::NoFile { path: path.display().to_string() }.into());
+            }
+            Ok(arrivals.add(&path, &ContentAddressed { name, method, algorithm })?)
+        });
+        match added {
+            Ok(path) => waiting.push(path),
+            Err(error) => {
+                outcome = Err(error);
+                break;
+            }
+        }
+    }
+    arrivals.commit()?;
+    for path in waiting {
+        out.line(store.dir().display(&path))?;
+    }
+    out.finish()?;
+    outcome
+}
+
+pub(super) fn export(cx: &Context, settings: &Settings, paths: &[OsString]) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadOnly)?;
+    let paths = store_paths(store.dir(), paths)?;
+    let mut out = Printer::new(Output::Stream);
+    store.export(&paths, &mut out)?;
+    Ok(out.finish()?)
+}
+
+pub(super) fn import(cx: &Context, settings: &Settings) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadWrite)?;
+    let mut out = Printer::new(Output::Listing);
+    store.import(io::stdin().lock(), |path| {
+        writeln!(out, "{}", store.dir().display(path)).map_err(larder_store::StoreError::Output)
+    })?;
+    Ok(out.finish()?)
+}
+
+pub(super) fn verify(
+    cx: &Context,
+    settings: &Settings,
+    check_contents: bool,
+    repair: bool,
+) -> Result<Status, Failure> {
+    let store = open(cx, settings, Access::ReadWrite)?;
+    let verified = store.verify(VerifyOptions { check_contents, repair })?;
+    if verified.errors > 0 {
+        cx.terminal.message(Level::Warn, format_args!("not all store errors were fixed"));
+        return Ok(Status::FAILURE);
+    }
+    Ok(Status::SUCCESS)
+}
+
+pub(super) fn verify_path(cx: &Context, settings: &Settings, paths: &[OsString]) -> Result<Status, Failure> {
+    let store = open(cx, settings, Access::ReadOnly)?;
+    let mut status = Status::SUCCESS;
+    for path in paths {
+        if !store.verify_path(&store_path(store.dir(), path)?)? {
+            status = Status::FAILURE;
+        }
+    }
+    Ok(status)
+}
+
+pub(super) fn check_validity(
+    cx: &Context,
+    settings: &Settings,
+    print_invalid: bool,
+    paths: &[OsString],
+) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadOnly)?;
+    let mut out = Printer::new(Output::Listing);
+    for path in store_paths(store.dir(), paths)? {
+        if store.is_valid(&path)? {
+            continue;
+        }
+        if !print_invalid {
+            return Err(store.not_valid(&path).into());
+        }
+        out.line(store.dir().display(&path))?;
+    }
+    Ok(out.finish()?)
+}
+
+pub(super) fn dump_db(cx: &Context, settings: &Settings, paths: &[OsString]) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadOnly)?;
+    let mut out = Printer::new(Output::Listing);
+    if paths.is_empty() {
+        store.dump_db(None, &mut out)?;
+    } else {
+        store.dump_db(Some(&store_paths(store.dir(), paths)?), &mut out)?;
+    }
+    Ok(out.finish()?)
+}
+
+pub(super) fn load_db(cx: &Context, settings: &Settings) -> Result<(), Failure> {
+    Ok(open(cx, settings, Access::ReadWrite)?.load_db(io::stdin().lock())?)
+}
+
+pub(super) fn register_validity(
+    cx: &Context,
+    settings: &Settings,
+    reregister: bool,
+    hash_given: bool,
+) -> Result<(), Failure> {
+    let options = RegisterOptions { hash_given, reregister };
+    Ok(open(cx, settings, Access::ReadWrite)?.register_validity(io::stdin().lock(), options)?)
+}
+
+/// `--delete`: what was done is told on standard output, whether it went well or not.
+pub(super) fn delete(
+    cx: &Context,
+    settings: &Settings,
+    ignore_liveness: bool,
+    paths: &[OsString],
+) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadWrite)?;
+    let paths = store_paths(store.dir(), paths)?;
+    let mut freed = larder_store::delete::Freed::default();
+    let outcome = store.delete(&paths, DeleteOptions { ignore_liveness }, &mut freed);
+    let mut out = Printer::new(Output::Listing);
+    out.line(format_args!("{} store paths deleted, {} freed", freed.paths, mib(freed.bytes)))?;
+    out.finish()?;
+    Ok(outcome?)
+}
+
+/// A number of bytes in mebibytes, two decimals: `0.01 MiB`.
+pub(in crate::applets) fn mib(bytes: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "two decimals are shown")]
+    let mib = bytes as f64 / f64::from(1 << 20);
+    format!("{mib:.2} MiB")
+}
+
+pub(super) fn print_env(cx: &Context, settings: &Settings, derivation: &OsStr) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadOnly)?;
+    let path = store.dir().parse(derivation.as_bytes())?;
+    store.info(&path)?;
+    let mut out = Printer::new(Output::Listing);
+    out.bytes(&larder_core::derivation::print_env(&store.derivation(&path)?))?;
+    Ok(out.finish()?)
+}
+
+pub(super) fn query_failed_paths(cx: &Context, settings: &Settings) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadOnly)?;
+    let mut out = Printer::new(Output::Listing);
+    for path in store.failed_paths()? {
+        out.line(store.dir().display(&path))?;
+    }
+    Ok(out.finish()?)
+}
+
+pub(super) fn clear_failed_paths(cx: &Context, settings: &Settings, paths: &[OsString]) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadWrite)?;
+    if paths.iter().any(|path| path == "*") {
+        return Ok(store.clear_failed_paths(None)?);
+    }
+    Ok(store.clear_failed_paths(Some(&store_paths(store.dir(), paths)?))?)
+}
