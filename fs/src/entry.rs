@@ -1,14 +1,47 @@
 //! One directory entry: its status, and acting on it without walking its path again.
 
-use std::ffi::OsStr;
-use std::fmt::Write as _;
+use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, IFlags, Mode, OFlags, StatxAttributes, StatxFlags};
+use rustix::fs::{AtFlags, FileType, IFlags, Mode, OFlags, RawDir, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::path::Arg;
 
+use crate::file_error::FileError;
 use crate::lock_file::retry;
+
+/// An entry of an open directory.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'a> {
+    pub dir: BorrowedFd<'a>,
+    /// A single file name.
+    pub name: &'a OsStr,
+    /// How messages call the directory.
+    pub dir_path: &'a Path,
+}
+
+impl Target<'_> {
+    pub(crate) fn path(&self) -> PathBuf {
+        self.dir_path.join(self.name)
+    }
+
+    /// The name, if it is one: not a path, and nothing that leads elsewhere.
+    pub(crate) fn checked_name(&self, doing: &'static str) -> Result<CString, FileError> {
+        let bytes = self.name.as_bytes();
+        match CString::new(bytes) {
+            Ok(name) if !matches!(bytes, b"" | b"." | b"..") && !bytes.contains(&b'/') => Ok(name),
+            _ => Err(FileError::new(doing, self.path(), Errno::INVAL)),
+        }
+    }
+}
+
+/// Directories that are held open at once while one tree is walked.
+pub(crate) const MAX_OPEN: usize = 48;
+
+/// One read of a directory. It holds more than a thousand names, or a hundred very long ones.
+const READ_BYTES: usize = 32 << 10;
 
 /// What `statx` says, in one call, flags of the file system included.
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +62,7 @@ pub(crate) struct Status {
 
 /// Device and inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct FileId {
+pub struct FileId {
     pub device: u64,
     pub inode: u64,
 }
@@ -69,16 +102,6 @@ pub(crate) fn proc_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// The same with a name below it, in bytes.
-pub(crate) fn proc_path_below(dir: BorrowedFd<'_>, name: &OsStr, buffer: &mut Vec<u8>) {
-    use std::os::unix::ffi::OsStrExt as _;
-    let mut text = String::with_capacity(32);
-    let _ = write!(text, "/proc/self/fd/{}/", dir.as_raw_fd());
-    buffer.clear();
-    buffer.extend_from_slice(text.as_bytes());
-    buffer.extend_from_slice(name.as_bytes());
-}
-
 /// Opens an entry as it is, symlinks included, without any permission on it and without side
 /// effects (devices, FIFOs).
 pub(crate) fn open_path(dir: BorrowedFd<'_>, name: impl Arg + Copy) -> rustix::io::Result<OwnedFd> {
@@ -106,4 +129,32 @@ pub(crate) fn clear_frozen_at(dir: BorrowedFd<'_>, name: impl Arg + Copy) -> rus
         FileType::RegularFile | FileType::Directory => clear_frozen(fd),
         _ => Err(Errno::PERM),
     }
+}
+
+/// One `getdents`: appends names and types, tells how many entries there were, `.` and `..`
+/// included; zero at the end. `buffer` is scratch space.
+pub(crate) fn read_names(
+    dir: BorrowedFd<'_>,
+    buffer: &mut Vec<u8>,
+    names: &mut Vec<(CString, FileType)>,
+) -> rustix::io::Result<usize> {
+    buffer.clear();
+    buffer.reserve(READ_BYTES);
+    let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
+    let mut count = 0;
+    while let Some(entry) = entries.next() {
+        let entry = match entry {
+            Err(Errno::INTR) => continue,
+            other => other?,
+        };
+        count += 1;
+        let name = entry.file_name();
+        if name != c"." && name != c".." {
+            names.push((name.to_owned(), entry.file_type()));
+        }
+        if entries.is_buffer_empty() {
+            break;
+        }
+    }
+    Ok(count)
 }

@@ -394,3 +394,259 @@ fn set_mode(path: &Path, mode: u32) -> Result<(), FileError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{RealNix, give_away, is_root, layout, public_dir, unprivileged};
+    use larder_core::report::Silent;
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+    use std::sync::Mutex;
+
+    #[derive(Default)]
+    struct Told(Mutex<Vec<String>>);
+
+    impl Reporter for Told {
+        fn shows(&self, _level: Level) -> bool {
+            true
+        }
+        fn message(&self, level: Level, text: std::fmt::Arguments<'_>) {
+            self.0.lock().unwrap().push(format!("{level:?}: {text}"));
+        }
+    }
+
+    fn open(layout: &Layout, access: Access) -> Result<OpenDirs, LayoutError> {
+        open_with(layout, access, "", &Users::from_files("/no/passwd", "/no/group"), &Silent)
+    }
+
+    fn open_with(
+        layout: &Layout,
+        access: Access,
+        build_users_group: &str,
+        users: &Users,
+        reporter: &dyn Reporter,
+    ) -> Result<OpenDirs, LayoutError> {
+        layout.open(&OpenOptions { access, allow_symlinked_store: false, build_users_group, users }, reporter)
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::symlink_metadata(path).unwrap().mode() & 0o7777
+    }
+
+    fn tree(dir: &Path) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut todo = vec![dir.to_owned()];
+        while let Some(path) = todo.pop() {
+            if fs::symlink_metadata(&path).unwrap().is_dir() {
+                todo.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+            }
+            found.push(path.strip_prefix(dir).unwrap().to_owned());
+        }
+        found.sort();
+        found
+    }
+
+    #[test]
+    fn makes_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = layout(&dir.path().join("nix"));
+        let opened = open(&layout, Access::ReadWrite).unwrap();
+        let expected = [
+            "",
+            "store",
+            "store/.links",
+            "var",
+            "var/db",
+            "var/db/big-lock",
+            "var/gcroots",
+            "var/gcroots/per-user",
+            "var/gcroots/profiles",
+            "var/profiles",
+            "var/profiles/per-user",
+            "var/temproots",
+        ];
+        assert_eq!(tree(&dir.path().join("nix")), expected.map(PathBuf::from));
+        assert_eq!(mode(&layout.big_lock()), 0o600);
+        assert_eq!(mode(&layout.profiles().join("per-user")), 0o755);
+        assert_eq!(fs::read_link(layout.gc_roots().join("profiles")).unwrap(), layout.profiles());
+        let status = rustix::fs::fstat(opened.store().unwrap()).unwrap();
+        assert_eq!(status.st_ino, fs::metadata(&layout.real_store).unwrap().ino());
+        // Again, and what the administrator took away stays away.
+        fs::remove_file(layout.gc_roots().join("profiles")).unwrap();
+        fs::set_permissions(layout.profiles().join("per-user"), fs::Permissions::from_mode(0o777)).unwrap();
+        let again = open(&layout, Access::ReadWrite).unwrap();
+        assert!(!layout.gc_roots().join("profiles").exists());
+        assert_eq!(mode(&layout.profiles().join("per-user")), 0o755);
+        // Both hold the lock shared.
+        let other = LockFile::open(&layout.big_lock()).unwrap();
+        assert!(!other.lock(Sharing::Exclusive, &mut Wait::No).unwrap());
+        drop((opened, again));
+        assert!(other.lock(Sharing::Exclusive, &mut Wait::No).unwrap());
+    }
+
+    #[test]
+    fn store_of_the_build_users() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = layout(dir.path());
+        fs::write(dir.path().join("group"), "nixbld:x:30000:\n").unwrap();
+        let users = Users::from_files("/no/passwd", dir.path().join("group"));
+        let told = Told::default();
+        open_with(&layout, Access::ReadWrite, "other", &users, &told).unwrap();
+        let before = mode(&layout.real_store);
+        if !is_root() {
+            assert!(told.0.lock().unwrap().is_empty());
+            return;
+        }
+        let warning = "Warn: the group 'other' specified in 'build-users-group' does not exist";
+        assert_eq!(*told.0.lock().unwrap(), [warning]);
+        assert_eq!(before & 0o022, 0);
+        open_with(&layout, Access::ReadOnly, "nixbld", &users, &told).unwrap();
+        assert_eq!(mode(&layout.real_store), before, "read-only changes nothing");
+        open_with(&layout, Access::ReadWrite, "nixbld", &users, &told).unwrap();
+        assert_eq!(mode(&layout.real_store), 0o1775);
+        assert_eq!(fs::metadata(&layout.real_store).unwrap().gid(), 30_000);
+    }
+
+    #[test]
+    fn symlinks_on_the_way_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("real")).unwrap();
+        symlink("real", dir.path().join("link")).unwrap();
+        fs::write(dir.path().join("file"), b"").unwrap();
+        let mut layout = layout(&dir.path().join("x"));
+        for (store, link) in [("link/store", "link"), ("real/store", "real/store")] {
+            layout.real_store = dir.path().join(store);
+            for access in [Access::ReadWrite, Access::ReadOnly] {
+                let e = open(&layout, access).unwrap_err();
+                assert!(matches!(&e, LayoutError::SymlinkedStore { path } if *path == dir.path().join(link)), "{e}");
+            }
+            let options = OpenOptions {
+                access: Access::ReadWrite,
+                allow_symlinked_store: true,
+                build_users_group: "",
+                users: &Users::default(),
+            };
+            layout.open(&options, &Silent).unwrap();
+            let _ = fs::remove_dir_all(dir.path().join("real/store"));
+            symlink("../link", dir.path().join("real/store")).unwrap();
+        }
+        layout.real_store = dir.path().join("file/store");
+        assert!(matches!(open(&layout, Access::ReadWrite), Err(LayoutError::File(_))));
+        layout.real_store = dir.path().join("real/../link");
+        assert!(matches!(open(&layout, Access::ReadWrite), Err(LayoutError::NotAbsolute { .. })));
+    }
+
+    #[test]
+    fn read_only_makes_nothing_and_minds_nothing() {
+        let dir = public_dir();
+        let layout = layout(&dir.path().join("nix"));
+        let opened = open(&layout, Access::ReadOnly).unwrap();
+        assert!(opened.store().is_none() && opened.big_lock().is_none());
+        assert!(!dir.path().join("nix").exists());
+        drop(open(&layout, Access::ReadWrite).unwrap());
+        let opened = open(&layout, Access::ReadOnly).unwrap();
+        assert!(opened.store().is_some() && opened.big_lock().is_some());
+        if is_root() {
+            unprivileged(|| {
+                let opened = open(&layout, Access::ReadOnly).unwrap();
+                assert!(opened.store().is_some() && opened.big_lock().is_none());
+                let e = open(&layout, Access::ReadWrite).unwrap_err();
+                assert!(matches!(&e, LayoutError::File(e) if e.kind() == std::io::ErrorKind::PermissionDenied), "{e}");
+            });
+            fs::set_permissions(dir.path().join("nix"), fs::Permissions::from_mode(0o700)).unwrap();
+            unprivileged(|| assert!(open(&layout, Access::ReadOnly).unwrap().store().is_none()));
+        }
+    }
+
+    /// A store of one's own needs no privileges, and its directory need not be readable.
+    #[test]
+    fn stores_of_users() {
+        let dir = public_dir();
+        let home = dir.path().join("home");
+        fs::create_dir(&home).unwrap();
+        give_away(&home);
+        let layout = layout(&home);
+        unprivileged(|| {
+            drop(open(&layout, Access::ReadWrite).unwrap());
+            fs::set_permissions(&layout.real_store, fs::Permissions::from_mode(0o311)).unwrap();
+            let opened = open(&layout, Access::ReadWrite).unwrap();
+            assert!(rustix::fs::statat(opened.store().unwrap(), ".links", AtFlags::empty()).is_ok());
+        });
+    }
+
+    #[test]
+    fn upgrades_wait_for_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = layout(dir.path());
+        let (ours, others) = (open(&layout, Access::ReadWrite).unwrap(), open(&layout, Access::ReadWrite).unwrap());
+        let told = Told::default();
+        std::thread::scope(|scope| {
+            let upgrade = scope.spawn(|| ours.big_lock().unwrap().upgrade(&told).unwrap());
+            crate::testing::eventually("it waits", || !told.0.lock().unwrap().is_empty());
+            assert!(!upgrade.is_finished());
+            drop(others);
+            upgrade.join().unwrap();
+        });
+        assert_eq!(*told.0.lock().unwrap(), ["Error: waiting for exclusive access to the Nix store..."]);
+        std::thread::scope(|scope| {
+            let opener = scope.spawn(|| open_with(&layout, Access::ReadWrite, "", &Users::default(), &told).unwrap());
+            crate::testing::eventually("it waits", || told.0.lock().unwrap().len() == 2);
+            assert!(!opener.is_finished());
+            ours.big_lock().unwrap().downgrade(&told).unwrap();
+            opener.join().unwrap();
+        });
+        assert_eq!(told.0.lock().unwrap()[1], "Error: waiting for the big Nix store lock...");
+    }
+
+    #[test]
+    fn directories_of_users() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = layout(dir.path());
+        drop(open(&layout, Access::ReadWrite).unwrap());
+        let uid = if is_root() { 1234 } else { rustix::process::getuid().as_raw() };
+        for _ in 0..2 {
+            layout.create_user_dirs("alice", uid).unwrap();
+            for path in [layout.profiles(), layout.gc_roots()] {
+                let status = fs::metadata(path.join("per-user/alice")).unwrap();
+                assert_eq!((status.uid(), status.mode() & 0o7777), (uid, 0o755));
+            }
+        }
+        for name in ["", "..", "a/b", "."] {
+            assert!(layout.create_user_dirs(name, uid).is_err(), "{name}");
+        }
+        // A link that somebody has put there does not lead to a change of owner.
+        symlink(dir.path(), layout.profiles().join("per-user/bob")).unwrap();
+        assert!(layout.create_user_dirs("bob", uid).is_err());
+    }
+
+    #[test]
+    fn below_another_root() {
+        let store_dir = StoreDir::new("/nix/store").unwrap();
+        let layout = Layout::rooted(store_dir, Path::new("/mnt"));
+        let path: StorePath = "00000000000000000000000000000001-x".parse().unwrap();
+        let real = Path::new("/mnt/nix/store/00000000000000000000000000000001-x");
+        assert_eq!(layout.real_path(&path), real);
+        assert_eq!(layout.store_dir.full(&path), "/nix/store/00000000000000000000000000000001-x");
+        assert_eq!(layout.state, Path::new("/mnt/nix/var/nix"));
+        assert_eq!(layout.drv_logs(), Path::new("/mnt/nix/var/log/nix/drvs"));
+    }
+
+    /// What we make, a real Nix takes; and the other way round.
+    #[test]
+    fn interop_same_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = (layout(&dir.path().join("ours")), layout(&dir.path().join("theirs")));
+        let Some(nix) = RealNix::find("interop_same_directories", &theirs) else { return };
+        nix.run(&["--gc", "--print-roots"]);
+        drop(open_with(&ours, Access::ReadWrite, "nixbld", &Users::default(), &Silent).unwrap());
+        for path in tree(&dir.path().join("ours")) {
+            let [ours, theirs] = ["ours", "theirs"].map(|d| fs::symlink_metadata(dir.path().join(d).join(&path)));
+            let (ours, theirs) = (ours.unwrap(), theirs.unwrap_or_else(|e| panic!("{path:?}: {e}")));
+            assert_eq!((ours.mode(), ours.uid(), ours.gid()), (theirs.mode(), theirs.uid(), theirs.gid()), "{path:?}");
+        }
+        let nix = RealNix::find("interop_same_directories", &ours).unwrap();
+        nix.add("file", "text");
+        drop(open(&theirs, Access::ReadWrite).unwrap());
+    }
+}

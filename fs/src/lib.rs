@@ -3,16 +3,18 @@
 //! Everything works below held directory descriptors and by names that are bytes. Nothing here
 //! knows the database, and nothing decides *whether* something may be deleted.
 
+pub mod canon;
+pub mod entry;
 pub mod file_error;
 pub mod gc_lock;
 pub mod layout;
 pub mod lock_file;
+pub mod mounts;
 pub mod path_lock;
 pub mod remove;
 pub mod reserve;
 pub mod temp_roots;
 pub mod users;
 
-mod entry;
 #[cfg(test)]
 mod testing;

@@ -138,7 +138,7 @@ fn lock_one(lock: &Path, path: &Path, wait: &mut Wait<'_>) -> Result<Option<Lock
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{RealNix, child, child_argument, eventually, layout};
+    use crate::testing::{RealNix, child, child_argument, eventually, layout, memory_dir};
     use proptest::prelude::*;
     use std::fs;
     use std::io::Write as _;
@@ -257,7 +257,7 @@ mod tests {
         /// open file, so that actors in one thread are as good as processes.
         #[test]
         fn at_most_one_inside(steps in prop::collection::vec((0usize..4, 0u8..4), 1..300)) {
-            let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+            let dir = memory_dir();
             let path = dir.path().join("x.lock");
             let mut actors: Vec<Actor> = (0..4).map(|_| Actor::Out).collect();
             for (who, how) in steps {

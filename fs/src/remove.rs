@@ -2,32 +2,27 @@
 //!
 //! Below a held directory and by single names: a symlink that somebody puts into the tree while
 //! it is deleted leads nowhere else, and a mount point is not entered. Descriptors and memory
-//! are bounded: what lies deeper than [`MAX_DEPTH`] is first moved up to the root of the tree.
+//! are bounded: what lies deeper than a few dozen levels is first moved up to the root of the tree.
 //! A tree that is being deleted is garbage already, so a crash in between costs nothing.
 
 use std::ffi::{CString, OsStr};
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, SeekFrom};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use crate::entry::{Status, clear_frozen, clear_frozen_at, open_dir, open_path, proc_path};
+use crate::entry::{
+    MAX_OPEN, Status, Target, clear_frozen, clear_frozen_at, open_dir, open_path, proc_path, read_names,
+};
 use crate::file_error::{FileError, shown};
 use crate::lock_file::retry;
 
-/// Directories open at once for one tree (times the threads, if parallel).
-pub const MAX_DEPTH: usize = 48;
-
 /// Failures that are kept with their paths; beyond it they are counted only.
 const MAX_FAILURES: usize = 100;
-
-/// One read of a directory. It holds more than a thousand names, or a hundred very long ones.
-const READ_BYTES: usize = 32 << 10;
 
 /// How often a directory is read again because entries came in behind our back.
 const MAX_PASSES: u32 = 32;
@@ -91,16 +86,6 @@ impl From<RemoveError> for FileError {
     }
 }
 
-/// What to delete: the entry `name` of an open directory.
-#[derive(Debug, Clone, Copy)]
-pub struct Target<'a> {
-    pub dir: BorrowedFd<'a>,
-    /// A single file name.
-    pub name: &'a OsStr,
-    /// How messages call the directory.
-    pub dir_path: &'a Path,
-}
-
 /// Deletes a tree, or whatever the entry is.
 ///
 /// Directories inside the tree are made accessible and writable first, and immutable and
@@ -131,14 +116,7 @@ pub fn remove_path(path: &Path, on_failure: OnFailure) -> Result<Removed, Remove
 }
 
 fn run(target: Target<'_>, on_failure: OnFailure, parallel_levels: usize) -> Result<Removed, RemoveError> {
-    let bytes = target.name.as_bytes();
-    let name = match CString::new(bytes) {
-        Ok(name) if !matches!(bytes, b"" | b"." | b"..") && !bytes.contains(&b'/') => name,
-        _ => {
-            let error = FileError::new("deleting", target.dir_path.join(target.name), Errno::INVAL);
-            return Err(RemoveError::new(error, Removed::default()));
-        }
-    };
+    let name = target.checked_name("deleting").map_err(|e| RemoveError::new(e, Removed::default()))?;
     let top = Top { dir: target.dir, path: target.dir_path, name, inside: false };
     Remover::new(&top, on_failure, parallel_levels).run()
 }
@@ -215,7 +193,7 @@ impl<'a> Remover<'a> {
             return self.share_out(subdirs);
         }
         if let Some(name) = level.subdirs.pop() {
-            return if depth < MAX_DEPTH { self.enter(name) } else { self.move_up(&name) };
+            return if depth < MAX_OPEN { self.enter(name) } else { self.move_up(&name) };
         }
         if !level.read_all {
             return self.read();
@@ -232,8 +210,7 @@ impl<'a> Remover<'a> {
     fn read(&mut self) -> Result<(), Stop> {
         let mut names = Vec::new();
         let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.reserve(READ_BYTES);
-        let read = read_names(self.dir(), buffer.spare_capacity_mut(), &mut names);
+        let read = read_names(self.dir(), &mut buffer, &mut names);
         self.buffer = buffer;
         match read {
             // Deleted by somebody else: it reads as empty, or not at all.
@@ -464,29 +441,6 @@ impl<'a> Remover<'a> {
     }
 }
 
-/// One `getdents`: appends names and types, tells how many entries there were, `.` and `..`
-/// included.
-fn read_names(
-    dir: BorrowedFd<'_>,
-    buffer: &mut [MaybeUninit<u8>],
-    names: &mut Vec<(CString, FileType)>,
-) -> rustix::io::Result<usize> {
-    let mut entries = RawDir::new(dir, buffer);
-    let mut count = 0;
-    while let Some(entry) = entries.next() {
-        let entry = entry?;
-        count += 1;
-        let name = entry.file_name();
-        if name != c"." && name != c".." {
-            names.push((name.to_owned(), entry.file_type()));
-        }
-        if entries.is_buffer_empty() {
-            break;
-        }
-    }
-    Ok(count)
-}
-
 /// Gives the owner all permissions on an open directory and clears its flags. Did that change it?
 fn loosen(dir: BorrowedFd<'_>) -> bool {
     let Ok(status) = Status::of(dir) else { return false };
@@ -509,7 +463,8 @@ fn make_accessible(dir: BorrowedFd<'_>) -> rustix::io::Result<()> {
 mod tests {
     use super::*;
     use crate::testing::{
-        self, child, child_argument, finish, give_away, open, public_dir, root_or_skip, unprivileged,
+        self, child, child_argument, deep_trees, finish, give_away, memory_dir, open, public_dir, root_or_skip,
+        unprivileged,
     };
     use proptest::prelude::*;
     use std::collections::BTreeMap;
@@ -609,8 +564,8 @@ mod tests {
             }
             return;
         }
-        // In memory, where there is such a place: this takes minutes on some disks.
-        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        let _alone = deep_trees();
+        let dir = memory_dir();
         let argument = dir.path().to_str().unwrap();
         finish(child("remove::tests::s068_deep_trees", argument, "ulimit -n 80; ulimit -s 256"));
     }
@@ -736,7 +691,7 @@ mod tests {
     /// outside, and others delete and make things in it.
     #[test]
     fn swapped_symlinks_lead_nowhere() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = memory_dir();
         let outside = dir.path().join("outside");
         fs::create_dir_all(outside.join("sub/sub")).unwrap();
         fs::write(outside.join("sub/precious"), b"x").unwrap();

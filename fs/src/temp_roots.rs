@@ -548,6 +548,7 @@ mod tests {
             drop(lines);
             let (mut stream, _) = listener.accept().unwrap();
             stream.write_all(&[b'0'; 64]).unwrap();
+            let _open = stream;
             // At last one that works: all are told again, in order.
             let (stream, _) = listener.accept().unwrap();
             let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
@@ -577,6 +578,7 @@ mod tests {
             let (mut stream, _) = listener.accept().unwrap();
             stream.write_all(b"1").unwrap();
             adder.join().unwrap();
+            drop(stream);
         });
         assert_eq!(live(&layout).len(), 1);
     }
@@ -592,7 +594,13 @@ mod tests {
         let listener = UnixListener::bind(format!("{}/socket", crate::entry::proc_path(socket_dir.as_fd()))).unwrap();
         let roots = TempRoots::new(layout.clone());
         std::thread::scope(|scope| {
-            scope.spawn(|| listener.accept().unwrap().0.write_all(b"1").unwrap());
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                // An end before the line is read would be a reset.
+                let mut line = String::new();
+                BufReader::new(&stream).read_line(&mut line).unwrap();
+                stream.write_all(b"1").unwrap();
+            });
             roots.add(&path(1)).unwrap();
         });
     }

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use larder_core::store_dir::StoreDir;
 use rustix::fs::{Mode, OFlags};
@@ -60,6 +61,11 @@ pub(crate) fn public_dir() -> tempfile::TempDir {
     dir
 }
 
+/// A temporary directory in memory, where there is such a place; some disks take minutes.
+pub(crate) fn memory_dir() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 const CHILD: &str = "LARDER_TEST_CHILD";
 
 /// What [`child`] was told, if this process is one.
@@ -104,6 +110,16 @@ pub(crate) fn layout(dir: &Path) -> Layout {
 /// A real Nix, run on the store of a layout. `None`, with a note, if there is none.
 pub(crate) struct RealNix {
     layout: Layout,
+    _no_deep_trees: RwLockReadGuard<'static, ()>,
+}
+
+/// A real collector gives up if any process has a directory open whose path is too long to be
+/// told ("reading symlink: File name too long").
+static DEEP_TREES: RwLock<()> = RwLock::new(());
+
+/// While this is held, deep directories may be open, and no real Nix runs.
+pub(crate) fn deep_trees() -> RwLockWriteGuard<'static, ()> {
+    DEEP_TREES.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl RealNix {
@@ -114,7 +130,8 @@ impl RealNix {
             println!("{test}: skipped, no Nix is installed");
             return None;
         }
-        Some(Self { layout: layout.clone() })
+        let guard = DEEP_TREES.read().unwrap_or_else(PoisonError::into_inner);
+        Some(Self { layout: layout.clone(), _no_deep_trees: guard })
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
