@@ -171,7 +171,8 @@ impl Memo {
         if kind == Kind::Impure {
             return Ok(Modulo { digest: Sha256Digest::of(IMPURE.as_bytes()), deferred: true });
         }
-        let mut deferred = !kind.has_paths();
+        // Outputs may have been deferred with more caution than was needed, so what counts is inputs.
+        let mut deferred = kind == Kind::Floating;
         let mut digests: BTreeMap<Sha256Digest, BTreeSet<&OutputName>> = BTreeMap::new();
         for (path, names) in &drv.input_drvs {
             let Known { modulo, outputs } = self.known.get(path).expect("inputs are settled first");
@@ -384,6 +385,17 @@ mod tests {
         assert!(modulo.digest.to_hex().starts_with("ddffc267") && modulo.deferred);
         assert!(of(std::slice::from_ref(&impure), &above("up", "i.drv")).unwrap().deferred);
         assert!(!of(&[impure], &fixed(above("f", "i.drv"))).unwrap().deferred);
+    }
+
+    #[test]
+    fn deferred_is_what_is_above_floating() {
+        let mut floating = drv("f", &[]);
+        let output = Output::Floating { method: OutputMethod::RECURSIVE, algorithm: Algorithm::Sha256 };
+        floating.outputs.insert(OutputName::out(), output);
+        let drvs =
+            [floating, above("a", "f.drv"), above("b", "a.drv"), fixed(above("c", "b.drv")), above("d", "c.drv")];
+        let flags = drvs.each_ref().map(|drv| of(&drvs, drv).unwrap().deferred);
+        assert_eq!(flags, [true, true, true, false, false]);
     }
 
     proptest! {
