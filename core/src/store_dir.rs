@@ -16,7 +16,8 @@ use crate::store_path::{Name, NameError, StorePath, StorePathError};
 /// The directory that store paths are written with, usually `/nix/store`.
 ///
 /// It is part of what a store path's hash is made of, so it is never the place where a
-/// relocated store really lies. Absolute, without `.`, `..` or a final slash.
+/// relocated store really lies. Absolute, without `.`, `..` or a final slash; and without `"`,
+/// `\` and control characters, since paths stand unescaped in `.drv` files and in lines of text.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct StoreDir(Arc<Utf8Path>);
 
@@ -27,6 +28,8 @@ pub enum StoreDirError {
     NotAbsolute { path: String },
     #[error("the store directory must not be the root directory")]
     Root,
+    #[error("the store directory '{}' must have no quotation mark, backslash or control character", .path.escape_default())]
+    Character { path: String },
 }
 
 /// References of an object to others, and to itself, as they go into its own path.
@@ -56,6 +59,9 @@ impl StoreDir {
         let clean = String::from_utf8(clean).expect("made of pieces of a str, cut at '/'");
         if clean == "/" {
             return Err(StoreDirError::Root);
+        }
+        if clean.contains(|c: char| c.is_control() || c == '"' || c == '\\') {
+            return Err(StoreDirError::Character { path: clean });
         }
         Ok(Self(Utf8PathBuf::from(clean).into()))
     }
@@ -222,6 +228,23 @@ pub fn canonicalise(path: &[u8]) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn directories() {
+        for (text, expected) in [
+            ("/nix/store", Ok("/nix/store")),
+            ("/nix//x/../store/", Ok("/nix/store")),
+            ("/tmp/a b/sté", Ok("/tmp/a b/sté")),
+            ("nix/store", Err(StoreDirError::NotAbsolute { path: "nix/store".into() })),
+            ("", Err(StoreDirError::NotAbsolute { path: String::new() })),
+            ("/x/..", Err(StoreDirError::Root)),
+            ("/a\"b", Err(StoreDirError::Character { path: "/a\"b".into() })),
+            ("/a\\b", Err(StoreDirError::Character { path: "/a\\b".into() })),
+            ("/a\nb", Err(StoreDirError::Character { path: "/a\nb".into() })),
+        ] {
+            assert_eq!(StoreDir::new(text).as_ref().map(StoreDir::as_str), expected.as_ref().copied());
+        }
+    }
 
     #[test]
     fn canonicalises() {

@@ -59,3 +59,6 @@ fn nar_again<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<u8>, Result<u64
     }
     (out, parser.finish().map(|()| parser.consumed()))
 }
+
+pub mod drv;
+pub mod store_path;

@@ -431,3 +431,196 @@ fn escaped(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(rest);
     out.push(b'"');
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::{Index, select};
+
+    use super::*;
+    use crate::arb;
+    use crate::derivation::Kind;
+
+    fn dir() -> StoreDir {
+        StoreDir::new("/nix/store").unwrap()
+    }
+
+    fn read(name: &Name, text: &[u8]) -> Result<Derivation, DerivationError> {
+        parse(&dir(), name, text)
+    }
+
+    /// The text with a backslash before every byte of a string that may have one.
+    fn with_idle_escapes(text: &[u8]) -> Vec<u8> {
+        let (mut out, mut inside, mut bytes) = (Vec::new(), false, text.iter());
+        while let Some(&b) = bytes.next() {
+            match (inside, b) {
+                (_, b'"') => inside = !inside,
+                (true, b'\\') => {
+                    out.push(b);
+                    out.extend(bytes.next());
+                    continue;
+                }
+                (true, b'n' | b'r' | b't') | (false, _) => {}
+                (true, _) => out.push(b'\\'),
+            }
+            out.push(b);
+        }
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn parse_undoes_print(
+            (dir, drv) in arb::paths::store_dir().prop_flat_map(|d| (Just(d.clone()), arb::derivation::derivation(d)))
+        ) {
+            let text = drv.to_aterm(&dir);
+            prop_assert_eq!(parse(&dir, &drv.name, &text), Ok(drv.clone()));
+            // What follows is ignored, and any byte may be escaped.
+            prop_assert_eq!(parse(&dir, &drv.name, &[&text[..], b")\n\""].concat()), Ok(drv.clone()));
+            prop_assert_eq!(parse(&dir, &drv.name, &with_idle_escapes(&text)), Ok(drv));
+        }
+
+        /// What is cut short is refused, wherever the cut is.
+        #[test]
+        fn no_prefix_is_a_derivation(drv in arb::derivation::derivation(dir()), cut in any::<Index>()) {
+            let text = drv.to_aterm(&dir());
+            let cut = cut.index(text.len());
+            match read(&drv.name, &text[..cut]).unwrap_err() {
+                DerivationError::Expected { at, .. } | DerivationError::Unterminated { at } => prop_assert!(at <= cut),
+                other => prop_assert!(false, "{other}"),
+            }
+        }
+
+        /// One wrong byte is an error or makes another derivation, which is written and read as any.
+        #[test]
+        fn one_wrong_byte(
+            drv in arb::derivation::derivation(dir()),
+            at in any::<Index>(),
+            byte in prop_oneof![any::<u8>(), select(b"\"\\,()[]/:\0".to_vec())],
+        ) {
+            let mut text = drv.to_aterm(&dir());
+            *at.get_mut(&mut text) = byte;
+            if let Ok(other) = read(&drv.name, &text) {
+                prop_assert_eq!(read(&drv.name, &other.to_aterm(&dir())), Ok(other));
+            }
+        }
+
+        /// Masking is as if the paths were not known yet.
+        #[test]
+        fn masking(mut drv in arb::derivation::derivation(dir())) {
+            for name in drv.outputs.keys() {
+                drv.env.insert(name.as_str().into(), "/some/path".into());
+            }
+            let (mut masked, mut plain) = (Vec::new(), Vec::new());
+            print_into(&mut masked, &drv, &dir(), Mask::On, &Inputs::Paths);
+            for (name, output) in &mut drv.outputs {
+                drv.env.insert(name.as_str().into(), "".into());
+                if let Output::InputAddressed(_) = output {
+                    *output = Output::Deferred;
+                }
+            }
+            print_into(&mut plain, &drv, &dir(), Mask::Off, &Inputs::Paths);
+            if drv.kind() == Ok(Kind::Fixed) {
+                prop_assert!(masked.len() < plain.len());
+            } else {
+                prop_assert_eq!(masked, plain);
+            }
+        }
+    }
+
+    const HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    /// An output with these fields, in an otherwise empty derivation.
+    fn output(fields: &str) -> Result<Output, DerivationError> {
+        let text = format!(r#"Derive([("out",{fields})],[],[],"s","b",[],[])"#);
+        read(&Name::new("x").unwrap(), text.as_bytes()).map(|drv| drv.outputs["out"].clone())
+    }
+
+    #[test]
+    fn outputs_by_their_fields() {
+        let path = "/nix/store/9zicq1m4wy4bv50xa4l1jk4kpyy41kih-x";
+        let full = |o: &Output| o.path().map(|p| dir().full(p));
+        for ok in [
+            format!(r#""{path}","","""#),
+            format!(r#""{path}","","{HASH}""#),
+            format!(r#""{path}","sha256","{HASH}""#),
+            format!(r#""/other","sha256","{HASH}""#),
+            format!(r#""/","sha256","{}""#, HASH.to_uppercase()),
+            r#""/","sha256","0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73""#.to_owned(),
+            r#""/","sha256","47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=""#.to_owned(),
+        ] {
+            assert_eq!(full(&output(&ok).unwrap()).as_deref(), Some(path), "{ok}");
+        }
+        let (method, algorithm) = (OutputMethod::RECURSIVE, Algorithm::Sha256);
+        for (fields, expected) in [
+            (r#""","","""#, Output::Deferred),
+            (r#""","","abc""#, Output::Deferred),
+            (r#""","r:sha256","""#, Output::Floating { method, algorithm }),
+            (r#""","r:sha256","impure""#, Output::Impure { method, algorithm }),
+            (r#""","md5","""#, Output::Floating { method: OutputMethod::FLAT, algorithm: Algorithm::Md5 }),
+            (r#""","text:sha256","""#, Output::Floating { method: OutputMethod::Text, algorithm }),
+        ] {
+            assert_eq!(output(fields).unwrap(), expected, "{fields}");
+        }
+        for (fields, words) in [
+            (r#""x","","""#.to_owned(), "bad path 'x' in derivation, at byte 15"),
+            (r#""/tmp/x","","""#.to_owned(), "bad path '/tmp/x'"),
+            (format!(r#""{path}/bin","","""#), "bad path"),
+            (format!(r#""","sha256","{HASH}""#), "fixed-output derivation has the bad path ''"),
+            (format!(r#""rel","sha256","{HASH}""#), "fixed-output derivation has the bad path 'rel'"),
+            (format!(r#""{path}","sha256","sha256:{HASH}""#), "bad hash"),
+            (format!(r#""{path}","sha256","{}""#, &HASH[1..]), "bad hash"),
+            (format!(r#""{path}","sha256","""#), "though its path depends on what is built"),
+            (format!(r#""{path}","sha256","impure""#), "though its path depends on what is built"),
+            (format!(r#""{path}","SHA256","{HASH}""#), "bad hash algorithm"),
+            (format!(r#""{path}","x:sha256","{HASH}""#), "bad hash algorithm"),
+            (format!(r#""{path}","git:sha256","{HASH}""#), "this method does not go with this algorithm"),
+            (r#""","text:sha1","""#.to_owned(), "this method does not go with this algorithm"),
+        ] {
+            let message = output(&fields).unwrap_err().to_string();
+            assert!(message.contains(words), "{fields}: {message}");
+        }
+    }
+
+    #[test]
+    fn refused_with_a_position() {
+        for (text, message) in [
+            ("", "expected string 'Derive([' at byte 0, found the end of the text"),
+            ("Derive[", "expected string 'Derive([' at byte 0, found 'Derive['"),
+            ("\u{1b}[31m", "expected string 'Derive([' at byte 0, found '\\u{1b}[31m'"),
+            (r#"Derive([],[],[],"s","b",[],[]"#, "expected string ')' at byte 29, found the end of the text"),
+            (r#"Derive([],[],[],"s","b",["a""#, "expected string '\"' at byte 28, found the end of the text"),
+            (r#"Derive([],[],[],"s","b"#, "the string that begins at byte 20 has no end"),
+            (r#"Derive([],[],[],"s","b\"#, "the string that begins at byte 20 has no end"),
+            (r#"Derive([],[],[],"s","b",["a",],[])"#, "expected string '\"' at byte 29, found ']'"),
+            (r#"Derive([],[],[],"s","b",[,,"a"],[])"#, "expected string '\"' at byte 26, found ','"),
+            (r#"Derive([],[], [],"s","b",[],[])"#, "expected string ',[' at byte 12, found ', '"),
+            (r#"Derive([("a b","","","")],[],[],"s","b",[],[])"#, "bad output name at byte 9"),
+            (
+                r#"Derive([],[],[],"a\"b","b",[],[])"#,
+                "bad system 'a\"b' at byte 16: it must be text without '\"' and '\\'",
+            ),
+            (
+                r#"DrvWithVersion("xp-dyn-drv",[],[],[],"s","b",[],[])"#,
+                "it has the form 'DrvWithVersion', which needs the experimental feature 'dynamic-derivations'; \
+                 that is not supported",
+            ),
+        ] {
+            let error = read(&Name::new("x").unwrap(), text.as_bytes()).unwrap_err();
+            assert_eq!(error.to_string(), message, "{text}");
+        }
+    }
+
+    /// Neither length nor nesting nor unfinished escapes take more than one look at each byte.
+    #[test]
+    fn hostile_texts_end() {
+        let name = Name::new("x").unwrap();
+        let long = 1 << 22;
+        for unit in ["\\", "\"", "[", "(", ",", "\"\"", "\"\",", "(\"\",\"\")", "\\\"", "\0"] {
+            for head in ["", "Derive([", r#"Derive([],[],[],"s",""#, r#"Derive([],[],[],"s","b",["#] {
+                let text = [head, &unit.repeat(long / unit.len())].concat();
+                assert!(read(&name, text.as_bytes()).is_err(), "{head} {unit}");
+            }
+        }
+    }
+}

@@ -62,10 +62,88 @@ pub fn check<E: std::error::Error + 'static>(
         if *found != right {
             return Err(CheckError::Output { drv: full(), found: dir.full(found), right: dir.full(&right) });
         }
-        let right = dir.full(&right);
-        if drv.env.get(name.as_str().as_bytes()).is_none_or(|value| **value != *right.as_bytes()) {
+        // As a path: Nix reads it as one, so that doubled slashes do not matter.
+        let value = drv.env.get(name.as_str().as_bytes());
+        if value.and_then(|value| dir.parse(value).ok()).as_ref() != Some(&right) {
+            let right = dir.full(&right);
             return Err(CheckError::Variable { drv: full(), variable: name.to_string(), right });
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+
+    use super::*;
+    use crate::arb;
+    use crate::derivation::modulo::{Mask, Memo, ModuloError};
+    use crate::derivation::{name_of, parse};
+
+    fn dir() -> StoreDir {
+        StoreDir::new("/nix/store").unwrap()
+    }
+
+    type Graph = [(StorePath, Derivation)];
+
+    fn run(graph: &Graph, path: &StorePath, drv: &Derivation) -> Result<(), CheckError<ModuloError<Infallible>>> {
+        check(&dir(), path, drv, || {
+            Memo::new().modulo(&dir(), drv, Mask::On, |path| {
+                Ok(graph.iter().find(|(p, _)| p == path).map(|(_, drv)| drv).unwrap())
+            })
+        })
+    }
+
+    proptest! {
+        /// What was made right is accepted; another path or another variable is not.
+        #[test]
+        fn s038_paths_are_recomputed(
+            graph in arb::derivation::graph(dir(), 1..8),
+            at in any::<Index>(),
+            which in any::<Index>(),
+            wrong in arb::paths::store_path(),
+        ) {
+            for (path, drv) in &graph {
+                prop_assert!(run(&graph, path, drv).is_ok(), "{:?}", drv);
+            }
+            let (path, right) = at.get(&graph);
+            let names: Vec<_> = right.outputs.keys().cloned().collect();
+            let name = which.get(&names);
+            let Some(true_path) = right.outputs[name].path() else { return Ok(()) };
+            let (full, found, should) = (dir().full(path), dir().full(&wrong), dir().full(true_path));
+
+            let mut drv = right.clone();
+            drv.env.insert(name.as_str().into(), found.as_str().into());
+            let message = run(&graph, path, &drv).unwrap_err().to_string();
+            let expected =
+                format!("derivation '{full}' has incorrect environment variable '{name}', should be '{should}'");
+            prop_assert_eq!(message, expected);
+            drv.env.insert(name.as_str().into(), should.replace('/', "//").into());
+            prop_assert!(run(&graph, path, &drv).is_ok());
+            // Without the variable it is another derivation, with other paths unless they are fixed.
+            drv.env.remove(name.as_str().as_bytes());
+            let message = run(&graph, path, &drv).unwrap_err().to_string();
+            prop_assert!(message.starts_with(&format!("derivation '{full}' has incorrect ")), "{message}");
+
+            let mut drv = right.clone();
+            if let Some(Output::InputAddressed(path) | Output::Fixed { path, .. }) = drv.outputs.get_mut(name) {
+                *path = wrong;
+            }
+            drv.env.insert(name.as_str().into(), found.as_str().into());
+            let message = run(&graph, path, &drv).unwrap_err().to_string();
+            prop_assert_eq!(message, format!("derivation '{full}' has incorrect output '{found}', should be '{should}'"));
+        }
+    }
+
+    #[test]
+    fn kinds_are_checked_first() {
+        let path: StorePath = "0c0mv0v7jmmvwkr0fqm8jrc4clmz2w1c-x.drv".parse().unwrap();
+        let drv = parse(&dir(), &name_of(&path).unwrap(), br#"Derive([],[],[],"s","b",[],[])"#).unwrap();
+        let error = run(&[], &path, &drv).unwrap_err();
+        assert!(matches!(error, CheckError::Kind { source: KindError::None, .. }), "{error}");
+    }
 }

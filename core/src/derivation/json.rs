@@ -329,3 +329,139 @@ fn output_name(text: &str, place: &str) -> Result<OutputName, JsonError> {
 fn store_path(dir: &StoreDir, text: &str, place: &str) -> Result<StorePath, JsonError> {
     dir.parse(text).map_err(|source| JsonError::Path { place: place.to_owned(), source })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::arb;
+    use crate::derivation::parse;
+
+    fn dir() -> StoreDir {
+        StoreDir::new("/nix/store").unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn reading_undoes_writing(drv in arb::derivation::text_derivation(dir())) {
+            let value = to_json(&drv, &dir()).unwrap();
+            prop_assert_eq!(from_json(&dir(), &value), Ok(drv.clone()));
+            let text: Value = serde_json::from_str(&value.to_string()).unwrap();
+            prop_assert_eq!(from_json(&dir(), &text), Ok(drv));
+        }
+
+        /// Bytes that are no text are refused, never replaced.
+        #[test]
+        fn only_text_has_a_form(drv in arb::derivation::derivation(dir())) {
+            let mut strings = drv.args.iter().chain(drv.env.keys()).chain(drv.env.values()).chain([&drv.builder]);
+            let text = strings.all(|bytes| bytes.as_str().is_some());
+            prop_assert_eq!(to_json(&drv, &dir()).is_ok(), text);
+            prop_assert_eq!(to_json_2_8(&drv, &dir()).is_ok(), text);
+        }
+    }
+
+    fn sample() -> Value {
+        json!({
+            "args": ["-c", "x"],
+            "builder": "/bin/sh",
+            "env": { "a": "1" },
+            "inputDrvs": {
+                "/nix/store/6mc2qvhpid2f0v7x0xmhxk410qqjjdqr-a.drv": { "dynamicOutputs": {}, "outputs": ["out"] }
+            },
+            "inputSrcs": ["/nix/store/qi890a9493c7dwya6c1v4f88ijm3hz8i-s"],
+            "name": "x",
+            "outputs": {
+                "out": {
+                    "hash": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+                    "hashAlgo": "sha256",
+                    "method": "flat",
+                    "path": "/nix/store/9zicq1m4wy4bv50xa4l1jk4kpyy41kih-x"
+                }
+            },
+            "system": "s"
+        })
+    }
+
+    /// The sample with one place set, or taken away.
+    fn changed(place: &str, value: Option<Value>) -> Value {
+        let mut changed = sample();
+        let (parent, key) = place.rsplit_once('/').unwrap();
+        match (changed.pointer_mut(parent).unwrap(), value) {
+            (Value::Object(map), Some(value)) => drop(map.insert(key.to_owned(), value)),
+            (Value::Object(map), None) => drop(map.remove(key).unwrap()),
+            (Value::Array(items), Some(value)) => items[key.parse::<usize>().unwrap()] = value,
+            other => panic!("{other:?}"),
+        }
+        changed
+    }
+
+    #[test]
+    fn strict() {
+        assert!(from_json(&dir(), &sample()).is_ok());
+        let zeros = "/nix/store/00000000000000000000000000000000-x";
+        let right = "/nix/store/9zicq1m4wy4bv50xa4l1jk4kpyy41kih-x";
+        for (place, value, message) in [
+            ("/args", None, "the derivation has no key 'args'"),
+            ("/name", None, "the derivation has no key 'name'"),
+            ("/version", Some(json!(4)), "the derivation has an unexpected key 'version'"),
+            ("/args", Some(json!("-c")), "args should be an array"),
+            ("/args/1", Some(json!(1)), "args[1] should be a string"),
+            ("/builder", Some(json!(null)), "builder should be a string"),
+            ("/env", Some(json!([])), "env should be an object"),
+            ("/env/a", Some(json!(true)), "env.a should be a string"),
+            ("/inputSrcs/0", Some(json!("/tmp/x")), "inputSrcs[0] is no store path"),
+            ("/inputDrvs", Some(json!({"x": {}})), "inputDrvs.x is no store path"),
+            ("/name", Some(json!("a/b")), "name is no name"),
+            ("/outputs/a b", Some(json!({})), "outputs.a b is no name"),
+            ("/outputs/out/hash", None, "outputs.out has keys (hashAlgo, method, path) that no kind of output has"),
+            (
+                "/outputs/out/hash",
+                Some(json!("sha256:00")),
+                "outputs.out.hash is not a hash, or not of the given algorithm",
+            ),
+            (
+                "/outputs/out/hashAlgo",
+                Some(json!("r:sha256")),
+                "outputs.out.hashAlgo is not a hash, or not of the given algorithm",
+            ),
+            (
+                "/outputs/out/method",
+                Some(json!("recursive")),
+                "outputs.out.method is 'recursive', not 'flat', 'nar', 'git' or 'text'",
+            ),
+            ("/outputs/out/method", Some(json!("git")), "outputs.out has method 'git', which does not go with sha256"),
+            (
+                "/outputs/out/path",
+                Some(json!(zeros)),
+                &format!("outputs.out.path is '{zeros}', but the hash leads to '{right}'"),
+            ),
+            (
+                "/outputs/out",
+                Some(json!({"hashAlgo": "sha256", "method": "nar", "impure": false})),
+                "outputs.out.impure should be true",
+            ),
+            ("/system", Some(json!("a\"b")), "system must be text without '\"' and '\\'"),
+        ] {
+            let error = from_json(&dir(), &changed(place, value)).unwrap_err();
+            assert_eq!(error.to_string(), message, "{place}");
+        }
+        let nested = changed(
+            "/inputDrvs",
+            Some(json!({
+                "/nix/store/6mc2qvhpid2f0v7x0xmhxk410qqjjdqr-a.drv":
+                    { "dynamicOutputs": {"out": {"dynamicOutputs": {}, "outputs": ["out"]}}, "outputs": [] }
+            })),
+        );
+        assert!(matches!(from_json(&dir(), &nested), Err(JsonError::Dynamic { .. })));
+    }
+
+    /// As Nix 2.8.0 prints it.
+    #[test]
+    fn impure_of_2_8() {
+        let text = br#"Derive([("out","","sha1","impure")],[],[],"s","b",[],[])"#;
+        let drv = parse(&dir(), &Name::new("imp").unwrap(), text).unwrap();
+        let value = to_json_2_8(&drv, &dir()).unwrap();
+        assert_eq!(value["outputs"].to_string(), r#"{"out":{"hashAlgo":"sha1","impure":true}}"#);
+    }
+}

@@ -171,7 +171,8 @@ impl Memo {
         if kind == Kind::Impure {
             return Ok(Modulo { digest: Sha256Digest::of(IMPURE.as_bytes()), deferred: true });
         }
-        let mut deferred = !kind.has_paths();
+        // Outputs may have been deferred with more caution than was needed, so what counts is inputs.
+        let mut deferred = kind == Kind::Floating;
         let mut digests: BTreeMap<Sha256Digest, BTreeSet<&OutputName>> = BTreeMap::new();
         for (path, names) in &drv.input_drvs {
             let Known { modulo, outputs } = self.known.get(path).expect("inputs are settled first");
@@ -238,4 +239,194 @@ pub fn fill_deferred(dir: &StoreDir, drv: &mut Derivation, masked: &Sha256Digest
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::convert::Infallible;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::arb;
+    use crate::content_address::{ContentAddress, Method};
+    use crate::derivation::OutputMethod;
+    use crate::hash::{Algorithm, Hash};
+    use crate::hash_part::HashPart;
+    use crate::store_path::Name;
+
+    fn dir() -> StoreDir {
+        StoreDir::new("/nix/store").unwrap()
+    }
+
+    fn path(name: &str) -> StorePath {
+        StorePath::new(HashPart::from_bytes([7; 20]), Name::new(name).unwrap())
+    }
+
+    /// A derivation with one deferred output and these inputs.
+    fn drv(name: &str, inputs: &[String]) -> Derivation {
+        Derivation {
+            name: Name::new(name).unwrap(),
+            outputs: BTreeMap::from([(OutputName::out(), Output::Deferred)]),
+            input_drvs: inputs.iter().map(|name| (path(name), BTreeSet::from([OutputName::out()]))).collect(),
+            input_srcs: BTreeSet::new(),
+            system: "s".into(),
+            builder: "b".into(),
+            args: Vec::new(),
+            env: BTreeMap::new(),
+        }
+    }
+
+    fn above(name: &str, input: &str) -> Derivation {
+        drv(name, &[input.to_owned()])
+    }
+
+    fn fixed(mut drv: Derivation) -> Derivation {
+        let address = ContentAddress::Fixed(Method::Flat, Hash::of(Algorithm::Md5, b"x"));
+        let output = Output::fixed(&dir(), &drv.name, &OutputName::out(), address).unwrap();
+        drv.outputs.insert(OutputName::out(), output);
+        drv
+    }
+
+    #[derive(Debug, PartialEq, Eq, thiserror::Error)]
+    #[error("no such derivation")]
+    struct Absent;
+
+    fn of(drvs: &[Derivation], top: &Derivation) -> Result<Modulo, ModuloError<Absent>> {
+        Memo::new().modulo(&dir(), top, Mask::On, |path| {
+            drvs.iter().find(|drv| format!("{}.drv", drv.name) == path.name().as_str()).ok_or(Absent)
+        })
+    }
+
+    fn number(path: &StorePath) -> usize {
+        path.name().as_str().strip_suffix(".drv").unwrap().parse().unwrap()
+    }
+
+    /// The stack is our own: this thread's has room for some hundred calls.
+    #[test]
+    fn a_chain_of_100k() {
+        let length = 100_000;
+        let resolve = |path: &StorePath| -> Result<Derivation, Infallible> {
+            let below = number(path).checked_sub(1).map(|n| format!("{n}.drv"));
+            Ok(drv(&number(path).to_string(), below.as_slice()))
+        };
+        let run = move || {
+            let mut memo = Memo::new();
+            let top = path(&format!("{}.drv", length - 1));
+            let whole = memo.modulo_at(&dir(), &top, resolve).unwrap();
+            assert_eq!(memo.len(), length);
+            // Bottom up it is the same.
+            let mut memo = Memo::new();
+            for n in 0..length {
+                memo.modulo_at(&dir(), &path(&format!("{n}.drv")), resolve).unwrap();
+            }
+            assert_eq!(memo.modulo_at(&dir(), &top, resolve).unwrap(), whole);
+        };
+        std::thread::Builder::new().stack_size(64 << 10).spawn(run).unwrap().join().unwrap();
+    }
+
+    /// Each derivation is asked for once, though there are 2^60 ways down.
+    #[test]
+    fn a_ladder() {
+        let asked = Cell::new(0);
+        let resolve = |path: &StorePath| -> Result<Derivation, Infallible> {
+            asked.set(asked.get() + 1);
+            let n = number(path);
+            let below = if n < 2 { vec![] } else { [n / 2 * 2 - 2, n / 2 * 2 - 1].map(|n| format!("{n}.drv")).into() };
+            Ok(drv(&n.to_string(), &below))
+        };
+        Memo::new().modulo_at(&dir(), &path("120.drv"), resolve).unwrap();
+        assert_eq!(asked.get(), 121);
+    }
+
+    #[test]
+    fn cycles() {
+        let cycle = |drvs: &[Derivation], top: &Derivation| match of(drvs, top) {
+            Err(ModuloError::Cycle { path }) => path.name().to_string(),
+            other => panic!("{other:?}"),
+        };
+        let itself = above("a", "a.drv");
+        assert_eq!(cycle(std::slice::from_ref(&itself), &itself), "a.drv");
+        let three = [above("a", "b.drv"), above("b", "c.drv"), above("c", "a.drv")];
+        assert_eq!(cycle(&three, &three[0]), "b.drv");
+        assert_eq!(cycle(&three, &above("top", "b.drv")), "b.drv");
+        // One below a fixed output does not matter: nobody looks there.
+        let below = [fixed(above("f", "a.drv")), above("a", "f.drv")];
+        assert!(of(&below, &below[0]).is_ok() && of(&below, &below[1]).is_ok());
+    }
+
+    #[test]
+    fn what_may_be_wrong() {
+        let good = drv("good", &[]);
+        let base = |name: &str| path(name).to_string();
+        for (top, message) in [
+            (
+                above("t", "gone.drv"),
+                format!("cannot read the derivation '{}', which others are made of", base("gone.drv")),
+            ),
+            (above("t", "good"), format!("the input '{}' is not a derivation", base("good"))),
+        ] {
+            assert_eq!(of(std::slice::from_ref(&good), &top).unwrap_err().to_string(), message);
+        }
+        let mut top = above("t", "good.drv");
+        top.input_drvs.values_mut().for_each(|names| *names = BTreeSet::from([OutputName::new("dev").unwrap()]));
+        assert!(matches!(of(&[good], &top), Err(ModuloError::NoOutput { output, .. }) if output.as_str() == "dev"));
+        top.outputs.clear();
+        assert!(matches!(of(&[], &top), Err(ModuloError::Kind { source: KindError::None, .. })));
+    }
+
+    #[test]
+    fn impure_is_a_constant_and_spreads() {
+        let mut impure = above("i", "gone.drv");
+        let output = Output::Impure { method: OutputMethod::RECURSIVE, algorithm: Algorithm::Sha256 };
+        impure.outputs.insert(OutputName::out(), output);
+        let modulo = of(&[], &impure).unwrap();
+        assert!(modulo.digest.to_hex().starts_with("ddffc267") && modulo.deferred);
+        assert!(of(std::slice::from_ref(&impure), &above("up", "i.drv")).unwrap().deferred);
+        assert!(!of(&[impure], &fixed(above("f", "i.drv"))).unwrap().deferred);
+    }
+
+    #[test]
+    fn deferred_is_what_is_above_floating() {
+        let mut floating = drv("f", &[]);
+        let output = Output::Floating { method: OutputMethod::RECURSIVE, algorithm: Algorithm::Sha256 };
+        floating.outputs.insert(OutputName::out(), output);
+        let drvs =
+            [floating, above("a", "f.drv"), above("b", "a.drv"), fixed(above("c", "b.drv")), above("d", "c.drv")];
+        let flags = drvs.each_ref().map(|drv| of(&drvs, drv).unwrap().deferred);
+        assert_eq!(flags, [true, true, true, false, false]);
+    }
+
+    proptest! {
+        /// In whatever order derivations are asked for, and whatever is known before.
+        #[test]
+        fn order_does_not_matter(
+            (graph, order) in arb::derivation::graph(dir(), 1..12)
+                .prop_flat_map(|g| (Just(g.clone()), Just(g).prop_shuffle()))
+        ) {
+            let find = |path: &StorePath| -> Result<&Derivation, Infallible> {
+                Ok(graph.iter().find(|(p, _)| p == path).map(|(_, drv)| drv).unwrap())
+            };
+            let mut memo = Memo::new();
+            for (path, drv) in &order {
+                for mask in [Mask::On, Mask::Off] {
+                    let alone = Memo::new().modulo(&dir(), drv, mask, find).unwrap();
+                    prop_assert_eq!(memo.modulo(&dir(), drv, mask, find).unwrap(), alone);
+                    if mask == Mask::Off {
+                        prop_assert_eq!(memo.modulo_at(&dir(), path, find).unwrap(), alone);
+                    }
+                }
+            }
+        }
+
+        /// How a fixed output is fetched does not show above it.
+        #[test]
+        fn fixed_outputs_hide_their_recipe(note in arb::derivation::bytes()) {
+            let top = above("top", "f.drv");
+            let mut other = fixed(above("f", "gone.drv"));
+            other.args.push(note);
+            prop_assert_eq!(of(&[fixed(drv("f", &[]))], &top).unwrap(), of(&[other], &top).unwrap());
+        }
+    }
 }

@@ -137,3 +137,86 @@ fn quote(out: &mut Vec<u8>, value: &Bytes) {
     }
     out.push(b'\'');
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::derivation::{name_of, parse};
+    use crate::store_dir::StoreDir;
+
+    fn with_env(env: &[(&str, &str)]) -> (StorePath, Derivation) {
+        let dir = StoreDir::new("/nix/store").unwrap();
+        let path: StorePath = "0c0mv0v7jmmvwkr0fqm8jrc4clmz2w1c-x.drv".parse().unwrap();
+        let mut drv = parse(&dir, &name_of(&path).unwrap(), br#"Derive([],[],[],"s","b",[],[])"#).unwrap();
+        drv.env = env.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+        (path, drv)
+    }
+
+    #[test]
+    fn variables() {
+        let env = [("s", "x y"), ("t", "1"), ("f", ""), ("n", "true"), ("l", " a\tb\n\nc\r"), ("e", "")];
+        let (path, drv) = with_env(&env);
+        let attrs = Attributes::new(&path, &drv).unwrap();
+        assert!(attrs.structured().is_none());
+        assert_eq!(attrs.string("s").unwrap(), Some(&b"x y"[..]));
+        assert_eq!(attrs.string("gone").unwrap(), None);
+        for (name, default, expected) in
+            [("t", false, true), ("f", true, false), ("n", true, false), ("gone", true, true), ("gone", false, false)]
+        {
+            assert_eq!(attrs.flag(name, default).unwrap(), expected, "{name}");
+        }
+        assert_eq!(attrs.strings("l").unwrap().unwrap(), [b"a", b"b", b"c"]);
+        assert_eq!(attrs.strings("e").unwrap().unwrap(), [b""; 0]);
+        assert!(attrs.strings("gone").unwrap().is_none());
+    }
+
+    #[test]
+    fn structured() {
+        let (path, drv) = with_env(&[("__json", r#"{"s":"x","b":true,"l":["a","b c"],"i":1}"#), ("other", "1")]);
+        let attrs = Attributes::new(&path, &drv).unwrap();
+        assert_eq!(attrs.structured().unwrap().len(), 4);
+        assert_eq!(attrs.string("s").unwrap(), Some(&b"x"[..]));
+        assert!(attrs.flag("b", false).unwrap());
+        assert_eq!(attrs.strings("l").unwrap().unwrap(), [&b"a"[..], b"b c"]);
+        // Variables do not count beside them.
+        assert_eq!(attrs.string("other").unwrap(), None);
+        let base = "0c0mv0v7jmmvwkr0fqm8jrc4clmz2w1c-x.drv";
+        for (error, wanted) in [
+            (attrs.string("i").unwrap_err(), "a string"),
+            (attrs.flag("s", true).unwrap_err(), "a Boolean"),
+            (attrs.strings("s").unwrap_err(), "a list of strings"),
+        ] {
+            let text = error.to_string();
+            assert!(text.ends_with(&format!("of derivation '{base}' must be {wanted}")), "{text}");
+        }
+        for (bad, message) in [
+            ("{", format!("cannot process __json attribute of '{base}'")),
+            ("[]", format!("cannot process __json attribute of '{base}': it is not an object")),
+        ] {
+            let (path, drv) = with_env(&[("__json", bad)]);
+            assert_eq!(Attributes::new(&path, &drv).unwrap_err().to_string(), message);
+        }
+        let deep = format!(r#"{{"a":{}{}}}"#, "[".repeat(1 << 20), "]".repeat(1 << 20));
+        let (path, drv) = with_env(&[("__json", &deep)]);
+        assert!(Attributes::new(&path, &drv).is_err(), "nesting has a limit");
+    }
+
+    #[test]
+    fn environment_as_text() {
+        let (_, mut drv) = with_env(&[("PATH", "/usr/bin:/bin"), ("q", "it's\n"), ("e", "")]);
+        drv.args = vec!["-c".into(), "mkdir $out".into(), "'".into()];
+        let text = String::from_utf8(print_env(&drv)).unwrap();
+        let expected = r"export PATH; PATH='/usr/bin:/bin'
+
+export e; e=''
+
+export q; q='it'\''s
+'
+
+export _args; _args=''-c' 'mkdir $out' ''\''''
+";
+        assert_eq!(text, expected);
+        let (_, drv) = with_env(&[]);
+        assert_eq!(print_env(&drv), b"export _args; _args=''\n");
+    }
+}

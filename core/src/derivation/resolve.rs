@@ -91,3 +91,64 @@ impl Rewrites {
         out.into()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::arb;
+    use crate::derivation::{Kind, Output};
+
+    fn dir() -> StoreDir {
+        StoreDir::new("/nix/store").unwrap()
+    }
+
+    /// The outputs of input derivations that are used.
+    fn uses(drv: &Derivation) -> Vec<(&StorePath, &OutputName)> {
+        drv.input_drvs.iter().flat_map(|(path, names)| names.iter().map(move |name| (path, name))).collect()
+    }
+
+    proptest! {
+        /// Every placeholder of an input is gone, and nothing else changes.
+        #[test]
+        fn one_pass_replaces_all(
+            mut drv in arb::derivation::derivation(dir()),
+            built in arb::paths::store_path(),
+            pieces in proptest::collection::vec(arb::derivation::bytes(), 0..5),
+        ) {
+            let (mut with, mut without) = (Vec::new(), Vec::new());
+            for (n, piece) in pieces.iter().enumerate() {
+                with.extend_from_slice(piece);
+                without.extend_from_slice(piece);
+                if let Some((input, output)) = uses(&drv).get(n % uses(&drv).len().max(1)) {
+                    let placeholder = Placeholder::upstream(input, output).unwrap().to_text();
+                    with.extend_from_slice(placeholder.as_bytes());
+                    without.extend_from_slice(dir().full(&built).as_bytes());
+                }
+            }
+            drv.args.push(with.into());
+            let resolved = resolve(&dir(), &drv, |_, _| Some(built.clone())).unwrap();
+            let (last, others) = resolved.args.split_last().unwrap();
+            prop_assert_eq!(last, &Bytes::from(without));
+            prop_assert_eq!(others, &drv.args[..others.len()]);
+            prop_assert!(resolved.input_drvs.is_empty());
+            prop_assert_eq!(resolved.input_srcs.contains(&built), !uses(&drv).is_empty());
+            if drv.kind() == Ok(Kind::Deferred) {
+                prop_assert_eq!(resolved.kind(), Ok(Kind::InputAddressed));
+                for (name, output) in &resolved.outputs {
+                    let Output::InputAddressed(path) = output else { panic!("{output:?}") };
+                    let value = resolved.binding(name.as_str().as_bytes()).unwrap();
+                    prop_assert_eq!(value, &Bytes::from(dir().full(path)));
+                }
+            } else {
+                prop_assert_eq!(&resolved.outputs, &drv.outputs);
+                prop_assert_eq!(&resolved.env, &drv.env);
+            }
+            if let Some((input, output)) = uses(&drv).first() {
+                let error = resolve(&dir(), &drv, |_, _| None).unwrap_err().to_string();
+                prop_assert_eq!(error, format!("output '{output}' of input '{input}' missing, aborting the resolving"));
+            }
+        }
+    }
+}
