@@ -14,6 +14,7 @@ pub mod path_info;
 pub mod refscan;
 pub mod registration;
 pub mod report;
+pub mod settings;
 pub mod signature;
 pub mod store_dir;
 pub mod store_path;
