@@ -4,10 +4,16 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
+use crate::content_address::{ContentAddress, Method};
 use crate::export::Object;
-use crate::hash::Sha256Digest;
+use crate::hash::{Algorithm, Hash, Sha256Digest};
 use crate::hash_part::HashPart;
+use crate::narinfo::NarInfo;
+use crate::path_info::PathInfo;
+use crate::realisation::{DrvOutput, Realisation};
 use crate::registration::{Form, Record};
+use crate::settings::TABLE;
+use crate::signature::Signature;
 use crate::store_path::{Name, StorePath};
 
 /// Any hash part; now and then one of few letters, so that needles overlap.
@@ -102,4 +108,93 @@ pub fn spoiled(bytes: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
 /// What an export stream says of an object.
 pub fn object() -> impl Strategy<Value = Object> {
     record(Form::WithoutHash).prop_map(|r| Object { path: r.path, references: r.references, deriver: r.deriver })
+}
+
+/// A word that some settings take as a value.
+pub fn word() -> impl Strategy<Value = String> {
+    prop_oneof![
+        Just("true".to_owned()),
+        prop::sample::select(vec!["false", "yes", "no", "relaxed", "auto", "a=b", "c=d", "4K", "-3"])
+            .prop_map(str::to_owned),
+        any::<u32>().prop_map(|n| n.to_string()),
+        "/[a-z./]{0,10}",
+        "[a-zé=@:]{1,8}",
+    ]
+}
+
+/// The text of a file of settings: mostly known names, some with `extra-`.
+pub fn settings() -> impl Strategy<Value = String> {
+    let names = TABLE.iter().flat_map(|e| e.aliases.iter().copied().chain([e.name])).collect::<Vec<_>>();
+    let prefix = prop::sample::select(vec!["", "", "", "extra-"]);
+    let name = (prefix, prop::sample::select(names)).prop_map(|(prefix, name)| format!("{prefix}{name}"));
+    let end = prop::sample::select(vec!["\n", "\n", " # comment\n", "\r\n", "\n\n"]);
+    let value = prop::collection::vec(word(), 0..3);
+    let line = (name, value, end).prop_map(|(name, value, end)| format!("{name} = {}{end}", value.join(" ")));
+    prop::collection::vec(line, 0..4).prop_map(|lines| lines.concat())
+}
+
+/// A hash of any algorithm.
+pub fn hash() -> impl Strategy<Value = Hash> {
+    (prop::sample::select(Algorithm::ALL.to_vec()), any::<[u8; 8]>()).prop_map(|(a, data)| Hash::of(a, &data))
+}
+
+/// Content addresses of all kinds; they claim nothing true.
+pub fn content_address() -> impl Strategy<Value = ContentAddress> {
+    prop_oneof![
+        sha256().prop_map(ContentAddress::Text),
+        hash().prop_map(|hash| ContentAddress::Fixed(Method::Flat, hash)),
+        hash().prop_map(|hash| ContentAddress::Fixed(Method::Recursive, hash)),
+        any::<[u8; 8]>().prop_map(|data| ContentAddress::Fixed(Method::Git, Hash::of(Algorithm::Sha1, &data))),
+    ]
+}
+
+/// Signatures of the right form; they are not good.
+pub fn signature() -> impl Strategy<Value = Signature> {
+    "[a-z.-]{1,12}:[A-Za-z0-9+/]{86}==".prop_map(|text| text.parse().expect("a fine form"))
+}
+
+/// What a cache can say of a path: never a size of 0, nor when and where it was built.
+pub fn path_info() -> impl Strategy<Value = PathInfo> {
+    let signatures = prop::collection::btree_set(signature(), 0..3);
+    (record(Form::WithHash), signatures, prop::option::of(content_address())).prop_map(|(r, signatures, address)| {
+        let (hash, size) = r.hash_size.expect("asked for");
+        PathInfo {
+            references: r.references,
+            deriver: r.deriver,
+            signatures,
+            content_address: address,
+            ..PathInfo::new(r.path, hash, size.max(1))
+        }
+    })
+}
+
+pub fn nar_info() -> impl Strategy<Value = NarInfo> {
+    let compression = prop::sample::select(vec!["none", "xz", "bzip2", "zstd", "odd one"]);
+    let file = (prop::option::of(hash()), prop::option::of(any::<u64>()));
+    (path_info(), "[!-~]{1,40}", compression, file).prop_map(|(info, url, compression, (hash, size))| NarInfo {
+        info,
+        url,
+        compression: compression.to_owned(),
+        file_hash: hash,
+        file_size_bytes: size,
+    })
+}
+
+/// An output of some derivation.
+pub fn drv_output() -> impl Strategy<Value = DrvOutput> {
+    let output = prop_oneof![Just("out".to_owned()), "[a-z][a-z0-9_-]{0,8}"];
+    (sha256(), output).prop_map(|(derivation, output)| DrvOutput::new(derivation, &output).expect("a fine name"))
+}
+
+pub fn realisation() -> impl Strategy<Value = Realisation> {
+    let signatures = prop::collection::btree_set(signature(), 0..3);
+    let dependent = prop::collection::btree_map(drv_output(), store_path(), 0..3);
+    (drv_output(), store_path(), signatures, dependent).prop_map(
+        |(id, out_path, signatures, dependent_realisations)| Realisation {
+            id,
+            out_path,
+            signatures,
+            dependent_realisations,
+        },
+    )
 }
