@@ -22,5 +22,8 @@ pub use error::DbError;
 pub use graph::{Graph, Node, Walk};
 pub use open::{Mode, OpenOptions, StoreDb};
 pub use query::ReadTxn;
-pub use record::{PathRef, RecordView};
+pub use record::{PathRef, RecordView, ReferencesView};
 pub use txn::WriteTxn;
+
+#[cfg(test)]
+mod tests;
