@@ -1,6 +1,6 @@
 //! Paths to register in one transaction, kept compactly: a million of them fit in memory.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use larder_core::content_address::ContentAddress;
 use larder_core::hash::Sha256Digest;
@@ -11,7 +11,7 @@ use larder_core::store_path::StorePath;
 
 use crate::error::DbError;
 use crate::graph::topological_order;
-use crate::record::PathRef;
+use crate::record::{Details, PathRef};
 
 /// Stands for "none" where a number is wanted.
 pub(crate) const NONE: u32 = u32::MAX;
@@ -83,8 +83,7 @@ struct Row {
 /// What few paths of a large batch have.
 #[derive(Debug)]
 struct Extra {
-    signatures: BTreeSet<Signature>,
-    content_address: Option<ContentAddress>,
+    details: Details,
     outputs: BTreeMap<Box<str>, u32>,
 }
 
@@ -179,7 +178,8 @@ impl Batch {
                 outputs.insert(Box::from(*name), self.intern(*path)?);
             }
             let signatures = new.signatures.iter().cloned().collect();
-            self.extras.push(Extra { signatures, content_address: new.content_address.clone(), outputs });
+            let details = Details { content_address: new.content_address.clone(), signatures };
+            self.extras.push(Extra { details, outputs });
             index(self.extras.len() - 1)?
         };
         let row = index(self.rows.len())?;
@@ -331,8 +331,7 @@ impl Sorted {
             registration_time_s: row.registration_time_s,
             ultimate: row.ultimate,
             deriver: (row.deriver != NONE).then(|| self.nodes.path(row.deriver)),
-            signatures: extra.map(|extra| &extra.signatures),
-            content_address: extra.and_then(|extra| extra.content_address.as_ref()),
+            details: extra.map(|extra| &extra.details).filter(|details| !details.is_empty()),
         })
     }
 
@@ -372,6 +371,6 @@ pub(crate) struct RowView<'a> {
     pub(crate) registration_time_s: u64,
     pub(crate) ultimate: bool,
     pub(crate) deriver: Option<PathRef<'a>>,
-    pub(crate) signatures: Option<&'a BTreeSet<Signature>>,
-    pub(crate) content_address: Option<&'a ContentAddress>,
+    /// Not empty.
+    pub(crate) details: Option<&'a Details>,
 }

@@ -8,9 +8,9 @@ use redb::{ReadableTable, Table};
 use crate::error::DbError;
 use crate::open::StoreDb;
 use crate::query::ReadTxn;
-use crate::record::{RecordView, read_output};
+use crate::record::{Details, RecordView, ReferencesView, read_output};
 use crate::tables::{Bytes, HashKey, PairKey, pair, split_output_key, split_pair};
-use crate::txn::{WriteTxn, insert_ascending};
+use crate::txn::{Tables, WriteTxn, insert_ascending};
 
 /// Something that should not be. Paths are named as far as they are known.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,25 +63,49 @@ struct Truth {
 impl Truth {
     fn read(
         paths: &impl ReadableTable<HashKey, Bytes>,
+        references: &impl ReadableTable<HashKey, Bytes>,
+        details: &impl ReadableTable<HashKey, Bytes>,
         outputs: &impl ReadableTable<Bytes, Bytes>,
     ) -> Result<Self, DbError> {
         let mut truth = Self::default();
+        let mut references = Rows::new(references)?;
+        let mut details = Rows::new(details)?;
         for row in paths.iter()? {
             let (key, bytes) = row?;
             let key = *key.value();
-            let view = RecordView::parse(&key, bytes.value());
-            let whole = view.and_then(|view| view.to_record().map(|_| view));
-            match whole {
+            for stray in references.skip_to(&key)?.into_iter().chain(details.skip_to(&key)?) {
+                truth.bad(&stray, "there are details of a path that is not valid");
+            }
+            let own_references = references.take(&key)?;
+            let own_details = details.take(&key)?;
+            match RecordView::parse(&key, bytes.value()) {
                 Ok(view) => {
                     truth.keys.push((key, view.path().is_derivation()));
-                    let others = view.raw_references().iter().filter(|reference| **reference != key);
+                    if view.deriver().is_some_and(|deriver| deriver.to_store_path().is_err()) {
+                        truth.bad(&key, "its deriver has an impossible name");
+                    }
+                    if view.has_references() != own_references.is_some() {
+                        truth.bad(&key, "its references are lost, or should not be there");
+                    }
+                    if view.has_details() != own_details.is_some() {
+                        truth.bad(&key, "its details are lost, or should not be there");
+                    }
+                }
+                Err(error) => truth.bad(&key, error),
+            }
+            match own_references.as_deref().map(ReferencesView::parse).transpose() {
+                Ok(list) => {
+                    let others = list.unwrap_or_default().0.iter().filter(|reference| **reference != key);
                     truth.referrers.extend(others.map(|reference| pair(reference, &key)));
                 }
-                Err(error) => {
-                    let path = HashPart::from_bytes(key);
-                    truth.findings.push(Finding::BadRecord { path, detail: error.to_string() });
-                }
+                Err(error) => truth.bad(&key, error),
             }
+            if let Some(Err(error)) = own_details.as_deref().map(Details::parse) {
+                truth.bad(&key, error);
+            }
+        }
+        for stray in references.rest()?.into_iter().chain(details.rest()?) {
+            truth.bad(&stray, "there are details of a path that is not valid");
         }
         truth.referrers.sort_unstable();
         for key in &truth.referrers {
@@ -120,6 +144,10 @@ impl Truth {
         Ok(truth)
     }
 
+    fn bad(&mut self, key: &[u8; 20], detail: impl fmt::Display) {
+        self.findings.push(Finding::BadRecord { path: HashPart::from_bytes(*key), detail: detail.to_string() });
+    }
+
     fn is_valid(&self, key: &[u8; 20]) -> bool {
         self.keys.binary_search_by_key(&key, |(k, _)| k).is_ok()
     }
@@ -140,6 +168,52 @@ impl Truth {
             self.findings.push(Finding::Derivers { output, derivation, listed });
         })?;
         Ok(self)
+    }
+}
+
+type OwnedRow = ([u8; 20], Vec<u8>);
+
+/// Rows of a table that has the order of the paths.
+struct Rows<'t> {
+    range: redb::Range<'t, HashKey, Bytes>,
+    next: Option<OwnedRow>,
+}
+
+impl<'t> Rows<'t> {
+    fn new(table: &'t impl ReadableTable<HashKey, Bytes>) -> Result<Self, DbError> {
+        let mut rows = Self { range: table.iter()?, next: None };
+        rows.advance()?;
+        Ok(rows)
+    }
+
+    fn advance(&mut self) -> Result<Option<OwnedRow>, DbError> {
+        let row = self.range.next().transpose()?;
+        let row = row.map(|(key, value)| (*key.value(), value.value().to_vec()));
+        Ok(std::mem::replace(&mut self.next, row))
+    }
+
+    /// Keys below `key`, passed over.
+    fn skip_to(&mut self, key: &[u8; 20]) -> Result<Vec<[u8; 20]>, DbError> {
+        let mut passed = Vec::new();
+        while self.next.as_ref().is_some_and(|(next, _)| next < key) {
+            passed.extend(self.advance()?.map(|(key, _)| key));
+        }
+        Ok(passed)
+    }
+
+    fn take(&mut self, key: &[u8; 20]) -> Result<Option<Vec<u8>>, DbError> {
+        if self.next.as_ref().is_some_and(|(next, _)| next == key) {
+            return Ok(self.advance()?.map(|(_, value)| value));
+        }
+        Ok(None)
+    }
+
+    fn rest(&mut self) -> Result<Vec<[u8; 20]>, DbError> {
+        let mut rest = Vec::new();
+        while let Some((key, _)) = self.advance()? {
+            rest.push(key);
+        }
+        Ok(rest)
     }
 }
 
@@ -169,7 +243,7 @@ fn compare_pairs(
 impl ReadTxn {
     /// Everything that does not fit together. Reads all tables.
     pub fn check(&self) -> Result<Vec<Finding>, DbError> {
-        let truth = Truth::read(self.paths()?, self.outputs()?)?;
+        let truth = Truth::read(self.paths()?, self.references_table()?, self.details()?, self.outputs()?)?;
         Ok(truth.compare(self.referrers_table()?, self.derivers_table()?)?.findings)
     }
 }
@@ -178,8 +252,8 @@ impl WriteTxn<'_> {
     /// Makes the tables that follow from others anew, and gives what was found before. Bad
     /// records and dangling references stay: what they say is lost.
     pub fn repair(&mut self) -> Result<Vec<Finding>, DbError> {
-        let (paths, referrers, outputs, derivers) = self.tables();
-        let truth = Truth::read(paths, outputs)?.compare(referrers, derivers)?;
+        let Tables { paths, references, details, referrers, outputs, derivers } = self.tables();
+        let truth = Truth::read(paths, references, details, outputs)?.compare(referrers, derivers)?;
         if truth.findings.is_empty() {
             return Ok(truth.findings);
         }

@@ -13,9 +13,9 @@ use larder_core::store_path::StorePath;
 
 use crate::batch::{NONE, leading};
 use crate::error::DbError;
-use crate::query::{ReadTxn, each_key};
-use crate::record::{DeriverView, PathRef, RecordView};
-use crate::tables::{dangling, inconsistent, split_output_key};
+use crate::query::{ReadTxn, each_key, parse};
+use crate::record::{DeriverView, PathRef, RecordView, ReferencesView};
+use crate::tables::{inconsistent, split_output_key};
 use redb::ReadableTable as _;
 
 /// Once so many-th a part of the table has been visited path by path, the rest is read in one go.
@@ -244,48 +244,35 @@ impl KeyIndex {
         let bucket = Self::bucket(self.shift, key);
         let start = *self.starts.get(bucket)?;
         let end = *self.starts.get(bucket + 1)?;
-        let found = keys.get(start as usize..end as usize)?.binary_search(key).ok()?;
-        u32::try_from(found).ok().map(|found| start + found)
+        let within = keys.get(start as usize..end as usize)?;
+        // One key as a rule; only chosen keys crowd into one bucket.
+        let found =
+            if within.len() <= 8 { within.iter().position(|k| k == key) } else { within.binary_search(key).ok() };
+        u32::try_from(found?).ok().map(|found| start + found)
     }
 }
 
 impl Graph {
-    /// All valid paths. Goes over the ledger twice: names first, then what refers to them.
+    /// All valid paths.
     pub fn load(r: &ReadTxn) -> Result<Self, DbError> {
-        let count = usize::try_from(r.count()?).unwrap_or(usize::MAX);
-        let mut graph = Self {
-            keys: Vec::with_capacity(count),
-            text: String::with_capacity(count.saturating_mul(64)),
-            text_ends: Vec::with_capacity(count),
-            nar_sizes_bytes: Vec::with_capacity(count),
-            references: Lists::with_capacity(count),
-            derivers: Vec::with_capacity(count),
-            ..Self::default()
-        };
-        r.for_each(|view| graph.push_node(&view))?;
-        graph.text.shrink_to_fit();
-        graph.index = KeyIndex::new(&graph.keys);
-        r.for_each(|view| {
-            let own = view.path().hash_part();
-            for reference in view.raw_references() {
-                let node = graph.index.find(&graph.keys, reference);
-                graph.references.nodes.push(node.ok_or_else(|| dangling(own.as_bytes(), reference))?);
-            }
-            graph.references.end_list()?;
-            let deriver = view.deriver().and_then(|deriver| {
-                let node = graph.index.find(&graph.keys, deriver.hash_part.as_bytes())?;
-                deriver.is(graph.path_ref(Node(node))).then_some(node)
-            });
-            graph.derivers.push(deriver.unwrap_or(NONE));
-            Ok::<_, DbError>(())
-        })?;
-        graph.references.nodes.shrink_to_fit();
-        graph.load_outputs(r)?;
-        Ok(graph)
+        Self::load_with(r, |_| Ok(()))
     }
 
-    fn push_node(&mut self, view: &RecordView<'_>) -> Result<(), DbError> {
-        self.push_name(view.path(), view.nar_size_bytes)
+    /// All valid paths; `each` sees every record in the order of the nodes, so that a caller who
+    /// wants more of them than a graph has need not read the ledger again.
+    pub fn load_with<E: From<DbError>>(
+        r: &ReadTxn,
+        mut each: impl FnMut(RecordView<'_>) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let count = usize::try_from(r.count()?).unwrap_or(usize::MAX);
+        let mut found = Found::with_capacity(count, r.reference_count()?);
+        r.for_each_with_references(|view, references| {
+            found.push(&view, references)?;
+            each(view)
+        })?;
+        let mut graph = found.into_graph()?;
+        graph.load_outputs(r)?;
+        Ok(graph)
     }
 
     fn push_name(&mut self, path: PathRef<'_>, nar_size_bytes: u64) -> Result<(), DbError> {
@@ -530,13 +517,14 @@ pub fn closure_of(r: &ReadTxn, roots: &[StorePath], walk: Walk) -> Result<Graph,
             return if set.len() == graph.len() { Ok(graph) } else { graph.restrict(&set) };
         }
         let mut next = Vec::new();
-        each_key(r.paths()?, &frontier, |at, view| {
-            let Some(view) = view else {
-                let key = frontier.get(at).copied().unwrap_or_default();
-                return Err(inconsistent(format_args!("'{}' is not valid", HashPart::from_bytes(key))));
+        each_key(r.paths()?, &frontier, |_, key, bytes| {
+            let Some(bytes) = bytes else {
+                return Err(inconsistent(format_args!("'{}' is not valid", HashPart::from_bytes(*key))));
             };
-            found.push(&view)?;
-            found.neighbours(r, &view, walk, |key| {
+            let view = parse(key, bytes)?;
+            let references = if view.has_references() { r.reference_keys(key)? } else { Vec::new() };
+            found.push(&view, ReferencesView(&references))?;
+            neighbours(r, &view, &references, walk, |key| {
                 if seen.insert(key) {
                     next.push(key);
                 }
@@ -548,83 +536,159 @@ pub fn closure_of(r: &ReadTxn, roots: &[StorePath], walk: Walk) -> Result<Graph,
     found.into_graph()
 }
 
-/// Paths in the order they were come upon.
-#[derive(Default)]
-struct Found {
-    graph: Graph,
-    /// References of all, end to end, and where each ends.
-    references: Vec<[u8; 20]>,
-    ends: Vec<usize>,
-    derivers: Vec<Option<StorePath>>,
-}
-
-impl Found {
-    fn push(&mut self, view: &RecordView<'_>) -> Result<(), DbError> {
-        self.graph.push_node(view)?;
-        self.references.extend_from_slice(view.raw_references());
-        self.ends.push(self.references.len());
-        let deriver = view.deriver().map(DeriverView::to_store_path).transpose();
-        self.derivers.push(deriver.map_err(|source| crate::query::bad_record(view.path(), source))?);
-        Ok(())
-    }
-
-    /// Calls `each` with the keys one step away.
-    fn neighbours(
-        &self,
-        r: &ReadTxn,
-        view: &RecordView<'_>,
-        walk: Walk,
-        mut each: impl FnMut([u8; 20]),
-    ) -> Result<(), DbError> {
-        let path = view.path();
-        let key = path.hash_part();
-        if walk.backward {
-            r.referrer_keys(key.as_bytes())?.into_iter().for_each(&mut each);
-        } else {
-            view.raw_references().iter().copied().for_each(&mut each);
-        }
-        if walk.outputs && walk.backward {
+/// Calls `each` with the keys one step away.
+fn neighbours(
+    r: &ReadTxn,
+    view: &RecordView<'_>,
+    references: &[[u8; 20]],
+    walk: Walk,
+    mut each: impl FnMut([u8; 20]),
+) -> Result<(), DbError> {
+    let path = view.path();
+    if walk.backward {
+        r.referrer_keys(path.hash_part().as_bytes())?.into_iter().for_each(&mut each);
+        if walk.outputs {
             for deriver in r.valid_derivers(&path.to_store_path())? {
                 each(*deriver.hash_part().as_bytes());
             }
         }
-        if path.is_derivation() && (walk.derivers && walk.backward || walk.outputs && !walk.backward) {
-            for output in r.derivation_outputs(&path.to_store_path())?.values() {
-                let Some(record) = r.record(output)? else { continue };
-                let named = record.view().deriver().is_some_and(|deriver| deriver.is(path));
-                if !walk.backward || named {
-                    each(*output.hash_part().as_bytes());
-                }
+    } else {
+        references.iter().copied().for_each(&mut each);
+        if walk.derivers
+            && let Some(deriver) = view.deriver()
+            && let Some(record) = r.by_key(deriver.hash_part.as_bytes())?
+            && deriver.is(record.view().path())
+        {
+            each(*deriver.hash_part.as_bytes());
+        }
+    }
+    let outputs = if walk.backward { walk.derivers } else { walk.outputs };
+    if outputs && path.is_derivation() {
+        for output in r.derivation_outputs(&path.to_store_path())?.values() {
+            let Some(record) = r.record(output)? else { continue };
+            if !walk.backward || record.view().deriver().is_some_and(|deriver| deriver.is(path)) {
+                each(*output.hash_part().as_bytes());
             }
         }
-        if walk.derivers
-            && !walk.backward
-            && let Some(Some(deriver)) = self.derivers.last()
-            && r.is_valid(deriver)?
-        {
-            each(*deriver.hash_part().as_bytes());
+    }
+    Ok(())
+}
+
+/// Paths as they were come upon, in any order.
+#[derive(Default)]
+struct Found {
+    /// Keys, names and sizes only.
+    graph: Graph,
+    /// References of all, end to end, and where those of each end.
+    references: Vec<[u8; 20]>,
+    ends: Vec<u32>,
+    derivers: Vec<FoundDeriver>,
+    /// Ends of names of derivers, where they are not `.drv`.
+    deriver_rests: Vec<Box<str>>,
+    /// Do the keys ascend?
+    ascending: bool,
+}
+
+/// A deriver whose name begins as its path's.
+struct FoundDeriver {
+    key: [u8; 20],
+    shared: u8,
+    rest: u32,
+}
+
+impl FoundDeriver {
+    /// As `rest`: there is no deriver at all.
+    const ABSENT: u32 = NONE;
+    /// As `rest`: the name goes on with `.drv`.
+    const DRV: u32 = NONE - 1;
+}
+
+impl Found {
+    fn with_capacity(paths: usize, references: usize) -> Self {
+        Self {
+            graph: Graph {
+                keys: Vec::with_capacity(paths),
+                text: String::with_capacity(paths.saturating_mul(64)),
+                text_ends: Vec::with_capacity(paths),
+                nar_sizes_bytes: Vec::with_capacity(paths),
+                ..Graph::default()
+            },
+            references: Vec::with_capacity(references),
+            ends: Vec::with_capacity(paths),
+            derivers: Vec::with_capacity(paths),
+            deriver_rests: Vec::new(),
+            ascending: true,
         }
+    }
+
+    fn push(&mut self, view: &RecordView<'_>, references: ReferencesView<'_>) -> Result<(), DbError> {
+        let too_large = || DbError::TooLarge { limit: NONE };
+        self.ascending &= self.graph.keys.last().is_none_or(|last| last < view.path().hash_part().as_bytes());
+        self.graph.push_name(view.path(), view.nar_size_bytes)?;
+        self.references.extend_from_slice(references.0);
+        self.ends.push(u32::try_from(self.references.len()).map_err(|_| too_large())?);
+        let deriver = match view.deriver() {
+            None => FoundDeriver { key: [0; 20], shared: 0, rest: FoundDeriver::ABSENT },
+            Some(deriver) => {
+                let [shared, rest] = deriver.name;
+                let rest = if rest == ".drv" {
+                    FoundDeriver::DRV
+                } else {
+                    self.deriver_rests.push(rest.into());
+                    u32::try_from(self.deriver_rests.len() - 1).map_err(|_| too_large())?
+                };
+                let shared = u8::try_from(shared.len()).expect("it is read from a byte");
+                FoundDeriver { key: *deriver.hash_part.as_bytes(), shared, rest }
+            }
+        };
+        self.derivers.push(deriver);
         Ok(())
     }
 
-    fn into_graph(self) -> Result<Graph, DbError> {
-        let mut order: Vec<usize> = (0..self.graph.len()).collect();
-        order.sort_unstable_by_key(|n| self.graph.keys.get(*n));
-        let mut graph = Graph { references: Lists::with_capacity(order.len()), ..Graph::default() };
-        for old in &order {
-            let node = Node(u32::try_from(*old).unwrap_or(NONE));
-            graph.push_name(self.graph.path_ref(node), self.graph.nar_size_bytes(node))?;
-        }
+    /// Where the references of the `n`th path lie.
+    fn references_of(&self, n: usize) -> &[[u8; 20]] {
+        let start = n.checked_sub(1).and_then(|n| self.ends.get(n)).map_or(0, |end| *end as usize);
+        let end = self.ends.get(n).map_or(start, |end| *end as usize);
+        self.references.get(start..end).unwrap_or_default()
+    }
+
+    /// The recorded deriver of the `n`th path, whose name is `own`, if it is in the graph.
+    fn deriver_of(&self, n: usize, own: &str, graph: &Graph) -> Option<Node> {
+        let found = self.derivers.get(n).filter(|deriver| deriver.rest != FoundDeriver::ABSENT)?;
+        let rest =
+            if found.rest == FoundDeriver::DRV { ".drv" } else { self.deriver_rests.get(found.rest as usize)? };
+        let node = Node(graph.index.find(&graph.keys, &found.key)?);
+        let name = [own.get(..usize::from(found.shared))?, rest];
+        let deriver = DeriverView { hash_part: HashPart::from_bytes(found.key), name };
+        deriver.is(graph.path_ref(node)).then_some(node)
+    }
+
+    /// Puts the paths in order. References out of the graph are left out.
+    fn into_graph(mut self) -> Result<Graph, DbError> {
+        let mut order: Vec<u32> = self.graph.nodes().map(|node| node.0).collect();
+        let mut graph = if self.ascending {
+            std::mem::take(&mut self.graph)
+        } else {
+            order.sort_unstable_by_key(|n| self.graph.keys.get(*n as usize));
+            let mut graph = Graph::default();
+            for node in order.iter().map(|n| Node(*n)) {
+                graph.push_name(self.graph.path_ref(node), self.graph.nar_size_bytes(node))?;
+            }
+            graph
+        };
+        graph.text.shrink_to_fit();
         graph.index = KeyIndex::new(&graph.keys);
-        for old in order {
-            let start = old.checked_sub(1).and_then(|n| self.ends.get(n)).copied().unwrap_or(0);
-            let end = self.ends.get(old).copied().unwrap_or(start);
-            let references = self.references.get(start..end).unwrap_or_default();
-            graph.references.nodes.extend(references.iter().filter_map(|key| graph.index.find(&graph.keys, key)));
-            graph.references.end_list()?;
-            let deriver = self.derivers.get(old).and_then(Option::as_ref).and_then(|path| graph.node(path));
-            graph.derivers.push(deriver.map_or(NONE, |node| node.0));
+        let mut references = Lists::with_capacity(order.len());
+        references.nodes.reserve_exact(self.references.len());
+        let mut derivers = Vec::with_capacity(order.len());
+        for (node, n) in graph.nodes().zip(order) {
+            let keys = self.references_of(n as usize).iter();
+            references.nodes.extend(keys.filter_map(|key| graph.index.find(&graph.keys, key)));
+            references.end_list()?;
+            derivers.push(self.deriver_of(n as usize, graph.name(node), &graph).map_or(NONE, |node| node.0));
         }
+        graph.references = references;
+        graph.derivers = derivers;
         Ok(graph)
     }
 }

@@ -20,8 +20,10 @@ pub mod txn;
 pub use batch::{Batch, NewPath};
 pub use error::DbError;
 pub use graph::{Graph, Node, Walk};
-pub use larder_core::store_path::PathRef;
 pub use open::{Mode, OpenOptions, StoreDb};
 pub use query::ReadTxn;
-pub use record::RecordView;
+pub use record::{PathRef, RecordView, ReferencesView};
 pub use txn::WriteTxn;
+
+#[cfg(test)]
+mod tests;

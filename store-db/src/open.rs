@@ -54,13 +54,14 @@ pub enum Mode {
 pub struct OpenOptions {
     pub mode: Mode,
     /// The most memory that pages may take, in bytes, for reading and again for writing. It is
-    /// filled only as pages are touched.
+    /// filled only as pages are touched. More is not faster as a rule: the kernel has the pages
+    /// too, and memory that is used anew costs less than fresh memory.
     pub cache_bytes: usize,
 }
 
 impl OpenOptions {
     pub const fn new(mode: Mode) -> Self {
-        Self { mode, cache_bytes: 32 << 20 }
+        Self { mode, cache_bytes: 8 << 20 }
     }
 }
 
@@ -402,6 +403,8 @@ impl Drop for Writing<'_> {
 pub(crate) fn make_tables(db: &Database, version: u32) -> Result<(), DbError> {
     let txn = db.begin_write()?;
     txn.open_table(tables::PATHS)?;
+    txn.open_table(tables::REFERENCES)?;
+    txn.open_table(tables::DETAILS)?;
     txn.open_table(tables::REFERRERS)?;
     txn.open_table(tables::OUTPUTS)?;
     txn.open_table(tables::DERIVERS)?;

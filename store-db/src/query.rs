@@ -10,16 +10,16 @@ use larder_core::store_path::StorePath;
 use redb::{AccessGuard, ReadOnlyTable, ReadTransaction, ReadableTable, ReadableTableMetadata as _};
 
 use crate::error::DbError;
-use crate::record::{PathRef, Record, RecordView, read_output};
+use crate::record::{DeriverView, Details, PathRef, Record, RecordView, ReferencesView, read_output};
 use crate::tables::{
-    self, Bytes, DERIVERS, HashKey, META, OUTPUTS, PATHS, PairKey, REALISATIONS, REFERRERS, dangling, inconsistent,
-    pairs_of, split_output_key, split_pair,
+    self, Bytes, DERIVERS, DETAILS, HashKey, META, OUTPUTS, PATHS, PairKey, REALISATIONS, REFERENCES, REFERRERS,
+    dangling, inconsistent, pairs_of, split_output_key, split_pair,
 };
 
 /// One lookup costs as much as going over so many records in order.
 const SCAN_RATIO: u64 = 12;
 
-type PathsRead = ReadOnlyTable<HashKey, Bytes>;
+type RowsRead = ReadOnlyTable<HashKey, Bytes>;
 type PairsRead = ReadOnlyTable<PairKey, ()>;
 
 /// A snapshot of the ledger: everything asked of it is answered from one moment.
@@ -28,7 +28,9 @@ type PairsRead = ReadOnlyTable<PairKey, ()>;
 /// answered for only if the name is the same.
 pub struct ReadTxn {
     txn: ReadTransaction,
-    paths: OnceCell<PathsRead>,
+    paths: OnceCell<RowsRead>,
+    references: OnceCell<RowsRead>,
+    details: OnceCell<RowsRead>,
     referrers: OnceCell<PairsRead>,
     outputs: OnceCell<ReadOnlyTable<Bytes, Bytes>>,
     derivers: OnceCell<PairsRead>,
@@ -59,6 +61,8 @@ impl ReadTxn {
         Self {
             txn,
             paths: OnceCell::new(),
+            references: OnceCell::new(),
+            details: OnceCell::new(),
             referrers: OnceCell::new(),
             outputs: OnceCell::new(),
             derivers: OnceCell::new(),
@@ -69,8 +73,16 @@ impl ReadTxn {
         schema_version(&self.txn.open_table(META)?)
     }
 
-    pub(crate) fn paths(&self) -> Result<&PathsRead, DbError> {
+    pub(crate) fn paths(&self) -> Result<&RowsRead, DbError> {
         opened(&self.paths, || self.txn.open_table(PATHS))
+    }
+
+    pub(crate) fn references_table(&self) -> Result<&RowsRead, DbError> {
+        opened(&self.references, || self.txn.open_table(REFERENCES))
+    }
+
+    pub(crate) fn details(&self) -> Result<&RowsRead, DbError> {
+        opened(&self.details, || self.txn.open_table(DETAILS))
     }
 
     pub(crate) fn referrers_table(&self) -> Result<&PairsRead, DbError> {
@@ -98,6 +110,19 @@ impl ReadTxn {
         find(self.paths()?, path)
     }
 
+    pub(crate) fn by_key(&self, key: &[u8; 20]) -> Result<Option<RecordGuard<'_>>, DbError> {
+        let Some(bytes) = self.paths()?.get(key)? else { return Ok(None) };
+        parse(key, bytes.value())?;
+        Ok(Some(RecordGuard { key: *key, bytes }))
+    }
+
+    /// How many references there may be at most: those to others, and one of each path to itself.
+    pub(crate) fn reference_count(&self) -> Result<usize, DbError> {
+        let others = self.referrers_table()?.len()?;
+        let own = self.references_table()?.len()?;
+        Ok(usize::try_from(others.saturating_add(own)).unwrap_or(usize::MAX))
+    }
+
     /// The whole record with the full names of its references; `None` if the path is not valid.
     pub fn info(&self, path: &StorePath) -> Result<Option<PathInfo>, DbError> {
         let mut all = self.infos(std::slice::from_ref(path))?;
@@ -106,14 +131,32 @@ impl ReadTxn {
 
     /// [`ReadTxn::info`] of many paths, in their order, for less than the sum of the costs.
     pub fn infos(&self, paths: &[StorePath]) -> Result<Vec<Option<PathInfo>>, DbError> {
-        let mut records: Vec<Option<Record>> = Vec::new();
-        records.resize_with(paths.len(), || None);
-        self.each(paths, |index, view| {
-            if let (Some(slot), Some(view)) = (records.get_mut(index), view) {
-                *slot = Some(view.to_record().map_err(|source| bad_record(view.path(), source))?);
+        let order = in_order(paths);
+        let keys: Vec<[u8; 20]> = order.iter().map(|(path, _)| *path.hash_part().as_bytes()).collect();
+        let mut found = Vec::with_capacity(keys.len());
+        each_key(self.paths()?, &keys, |_, key, bytes| {
+            found.push(bytes.map(|bytes| own(&parse(key, bytes)?)).transpose()?);
+            Ok::<_, DbError>(())
+        })?;
+        each_key(self.references_table()?, &keys, |at, key, bytes| {
+            if let (Some(Some(record)), Some(bytes)) = (found.get_mut(at), bytes) {
+                record.references = parse_references(key, bytes)?.0.to_vec();
             }
             Ok::<_, DbError>(())
         })?;
+        each_key(self.details()?, &keys, |at, _, bytes| {
+            if let (Some(Some(record)), Some(bytes)) = (found.get_mut(at), bytes) {
+                record.details = Details::parse(bytes).map_err(|source| bad_record((&record.path).into(), source))?;
+            }
+            Ok::<_, DbError>(())
+        })?;
+        let mut records: Vec<Option<Record>> = Vec::new();
+        records.resize_with(paths.len(), || None);
+        for ((path, index), record) in order.into_iter().zip(found) {
+            if let Some(slot) = records.get_mut(index) {
+                *slot = record.filter(|record| record.path == *path);
+            }
+        }
         let mut keys: Vec<[u8; 20]> = records.iter().flatten().flat_map(|r| r.references.iter().copied()).collect();
         keys.sort_unstable();
         keys.dedup();
@@ -131,8 +174,8 @@ impl ReadTxn {
                 deriver: record.deriver,
                 registration_time_s: record.registration_time_s,
                 ultimate: record.ultimate,
-                signatures: record.signatures,
-                content_address: record.content_address,
+                signatures: record.details.signatures,
+                content_address: record.details.content_address,
             })
         };
         records.into_iter().map(|record| record.map(with_names).transpose()).collect()
@@ -146,28 +189,20 @@ impl ReadTxn {
         paths: &[StorePath],
         mut f: impl FnMut(usize, Option<RecordView<'_>>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut order: Vec<(&StorePath, usize)> = paths.iter().zip(0..).collect();
-        order.sort_unstable();
+        let order = in_order(paths);
         let keys: Vec<[u8; 20]> = order.iter().map(|(path, _)| *path.hash_part().as_bytes()).collect();
-        self.each_key(&keys, |at, view| {
+        each_key(self.paths()?, &keys, |at, key, bytes| {
             let Some(&(path, index)) = order.get(at) else { return Ok(()) };
+            let view = bytes.map(|bytes| parse(key, bytes)).transpose()?;
             f(index, view.filter(|view| view.path() == *path))
         })
-    }
-
-    pub(crate) fn each_key<E: From<DbError>>(
-        &self,
-        keys: &[[u8; 20]],
-        f: impl FnMut(usize, Option<RecordView<'_>>) -> Result<(), E>,
-    ) -> Result<(), E> {
-        each_key(self.paths()?, keys, f)
     }
 
     /// The full paths of ascending keys.
     fn named(&self, keys: &[[u8; 20]]) -> Result<Vec<Option<StorePath>>, DbError> {
         let mut names = Vec::with_capacity(keys.len());
-        self.each_key(keys, |_, view| {
-            names.push(view.map(|view| view.path().to_store_path()));
+        each_key(self.paths()?, keys, |_, key, bytes| {
+            names.push(bytes.map(|bytes| Ok::<_, DbError>(parse(key, bytes)?.path().to_store_path())).transpose()?);
             Ok::<_, DbError>(())
         })?;
         Ok(names)
@@ -194,17 +229,22 @@ impl ReadTxn {
 
     /// The references of a path, ascending, itself too if it refers to itself; `None` if it is not valid.
     pub fn references(&self, path: &StorePath) -> Result<Option<Vec<StorePath>>, DbError> {
-        let Some(record) = self.record(path)? else { return Ok(None) };
-        self.all_named(path.hash_part(), record.view().raw_references()).map(Some)
+        if !self.is_valid(path)? {
+            return Ok(None);
+        }
+        let keys = self.reference_keys(path.hash_part().as_bytes())?;
+        self.all_named(path.hash_part(), &keys).map(Some)
     }
 
     /// The valid paths that refer to a path, ascending, itself too if it refers to itself;
     /// `None` if it is not valid.
     pub fn referrers(&self, path: &StorePath) -> Result<Option<Vec<StorePath>>, DbError> {
-        let Some(record) = self.record(path)? else { return Ok(None) };
+        if !self.is_valid(path)? {
+            return Ok(None);
+        }
         let own = *path.hash_part().as_bytes();
         let mut keys = self.referrer_keys(&own)?;
-        if record.view().refers_to_itself()
+        if self.reference_keys(&own)?.binary_search(&own).is_ok()
             && let Err(at) = keys.binary_search(&own)
         {
             keys.insert(at, own);
@@ -215,6 +255,12 @@ impl ReadTxn {
     fn all_named(&self, of: HashPart, keys: &[[u8; 20]]) -> Result<Vec<StorePath>, DbError> {
         let names = self.named(keys)?;
         keys.iter().zip(names).map(|(key, name)| name.ok_or_else(|| dangling(of.as_bytes(), key))).collect()
+    }
+
+    /// Keys of what this one refers to, ascending.
+    pub(crate) fn reference_keys(&self, key: &[u8; 20]) -> Result<Vec<[u8; 20]>, DbError> {
+        let Some(bytes) = self.references_table()?.get(key)? else { return Ok(Vec::new()) };
+        Ok(parse_references(key, bytes.value())?.0.to_vec())
     }
 
     /// Keys of the others that refer to this one, ascending.
@@ -256,6 +302,31 @@ impl ReadTxn {
         for row in self.paths()?.iter().map_err(DbError::from)? {
             let (key, bytes) = row.map_err(DbError::from)?;
             f(parse(key.value(), bytes.value())?)?;
+        }
+        Ok(())
+    }
+
+    /// [`ReadTxn::for_each`] with the references.
+    pub fn for_each_with_references<E: From<DbError>>(
+        &self,
+        mut f: impl FnMut(RecordView<'_>, ReferencesView<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut references = self.references_table()?.iter().map_err(DbError::from)?;
+        for row in self.paths()?.iter().map_err(DbError::from)? {
+            let (key, bytes) = row.map_err(DbError::from)?;
+            let view = parse(key.value(), bytes.value())?;
+            if !view.has_references() {
+                f(view, ReferencesView::default())?;
+                continue;
+            }
+            // Both tables have the same order.
+            let row = references.next().transpose().map_err(DbError::from)?;
+            match &row {
+                Some((owner, bytes)) if owner.value() == key.value() => {
+                    f(view, parse_references(owner.value(), bytes.value())?)?;
+                }
+                _ => return Err(inconsistent(format_args!("the references of '{}' are lost", view.path())).into()),
+            }
         }
         Ok(())
     }
@@ -346,35 +417,62 @@ pub(crate) fn parse<'a>(key: &[u8; 20], bytes: &'a [u8]) -> Result<RecordView<'a
         .map_err(|source| DbError::Record { path: HashPart::from_bytes(*key).to_string(), source })
 }
 
-/// Looks up ascending keys (repeated ones too): one by one, or in one go over the table when
-/// they are many.
+pub(crate) fn parse_references<'a>(key: &[u8; 20], bytes: &'a [u8]) -> Result<ReferencesView<'a>, DbError> {
+    ReferencesView::parse(bytes)
+        .map_err(|source| DbError::Record { path: HashPart::from_bytes(*key).to_string(), source })
+}
+
+/// A copy of a row of the paths, with nothing from the other tables.
+pub(crate) fn own(view: &RecordView<'_>) -> Result<Record, DbError> {
+    let deriver = view.deriver().map(DeriverView::to_store_path).transpose();
+    Ok(Record {
+        path: view.path().to_store_path(),
+        nar_hash: view.nar_hash,
+        nar_size_bytes: view.nar_size_bytes,
+        registration_time_s: view.registration_time_s,
+        ultimate: view.ultimate(),
+        references: Vec::new(),
+        deriver: deriver.map_err(|source| bad_record(view.path(), source))?,
+        details: Details::default(),
+    })
+}
+
+/// The paths in ascending order, each with its place.
+fn in_order(paths: &[StorePath]) -> Vec<(&StorePath, usize)> {
+    let mut order: Vec<(&StorePath, usize)> = paths.iter().zip(0..).collect();
+    order.sort_unstable();
+    order
+}
+
+/// Calls `f` with the place, the key and the value (`None`: not there) of every one of these
+/// ascending keys, repeated ones too: one lookup each, or one going over the table when they
+/// are many.
 pub(crate) fn each_key<E: From<DbError>>(
-    paths: &impl ReadableTable<HashKey, Bytes>,
+    table: &impl ReadableTable<HashKey, Bytes>,
     keys: &[[u8; 20]],
-    mut f: impl FnMut(usize, Option<RecordView<'_>>) -> Result<(), E>,
+    mut f: impl FnMut(usize, &[u8; 20], Option<&[u8]>) -> Result<(), E>,
 ) -> Result<(), E> {
     let (Some(first), Some(last)) = (keys.first(), keys.last()) else { return Ok(()) };
-    if (keys.len() as u64).saturating_mul(SCAN_RATIO) < paths.len().map_err(DbError::from)? {
+    if (keys.len() as u64).saturating_mul(SCAN_RATIO) < table.len().map_err(DbError::from)? {
         for (at, key) in keys.iter().enumerate() {
-            let found = paths.get(key).map_err(DbError::from)?;
-            let view = found.as_ref().map(|bytes| parse(key, bytes.value())).transpose()?;
-            f(at, view)?;
+            let found = table.get(key).map_err(DbError::from)?;
+            f(at, key, found.as_ref().map(AccessGuard::value))?;
         }
         return Ok(());
     }
     let mut wanted = keys.iter().enumerate().peekable();
-    for row in paths.range::<&[u8; 20]>(first..=last).map_err(DbError::from)? {
+    for row in table.range::<&[u8; 20]>(first..=last).map_err(DbError::from)? {
         let (key, bytes) = row.map_err(DbError::from)?;
         let key = key.value();
-        while let Some((at, _)) = wanted.next_if(|(_, k)| *k < key) {
-            f(at, None)?;
+        while let Some((at, missing)) = wanted.next_if(|(_, k)| *k < key) {
+            f(at, missing, None)?;
         }
-        while let Some((at, _)) = wanted.next_if(|(_, k)| *k == key) {
-            f(at, Some(parse(key, bytes.value())?))?;
+        while let Some((at, key)) = wanted.next_if(|(_, k)| *k == key) {
+            f(at, key, Some(bytes.value()))?;
         }
     }
-    for (at, _) in wanted {
-        f(at, None)?;
+    for (at, missing) in wanted {
+        f(at, missing, None)?;
     }
     Ok(())
 }

@@ -1,17 +1,19 @@
 //! The record of a valid path: its bytes, and a view of them without copies.
 //!
-//! Form of version 1 (see `docs/db-format.md`); the hash part is the key and not repeated:
+//! It lies in three tables, so that what is asked most is on the fewest pages (see
+//! `docs/db-format.md`); the hash part is the key of each and not repeated:
 //!
 //! ```text
-//! version u8 | flags u8 | NAR hash 32 | NAR size u64 LE | registration time u64 LE | name length u8 | name
-//! | count varint, references 20 each, ascending
-//! | deriver: hash part 20, shared prefix u8 [, rest length u8, rest]   (by flags)
-//! | content address: kind u8, digest                                   (by flags)
-//! | signatures: count varint, each: length of key name or text varint * 2 + packed, bytes [, 64 bytes]
+//! paths:      version u8 | flags u8 | NAR hash 32 | NAR size u64 LE | registration time u64 LE
+//!             | name length u8 | name
+//!             | deriver: hash part 20, shared prefix u8 [, rest length u8, rest]      (by flags)
+//! references: hash parts, 20 bytes each, ascending                                    (by flags)
+//! details:    version u8 | content address: 0, or 1 + kind, and digest
+//!             | signatures, each: length * 2 + packed varint, text [, 64 bytes]       (by flags)
 //! ```
 //!
-//! A hand-made form rather than serde's, as the fixed fields lie at fixed places, so that a query
-//! for the hash alone reads nothing else.
+//! A hand-made form rather than serde's, as the fixed fields lie at fixed places and nothing is
+//! copied to read them.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -33,7 +35,10 @@ const ULTIMATE: u8 = 1;
 const DERIVER_SHORT: u8 = 2;
 /// The deriver's name is the shared prefix and the rest that follows.
 const DERIVER_LONG: u8 = 4;
-const CONTENT_ADDRESS: u8 = 8;
+/// There is a row in the references.
+const REFERENCES: u8 = 8;
+/// There is a row in the details.
+const DETAILS: u8 = 16;
 
 /// Why bytes are no record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -76,7 +81,7 @@ impl fmt::Display for DeriverView<'_> {
 
 /// One signature: `NAME:` and the text or the bytes that follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SignatureView<'a> {
+pub(crate) enum SignatureView<'a> {
     Packed { key_name: &'a str, bytes: &'a [u8; 64] },
     Text(&'a str),
 }
@@ -90,7 +95,8 @@ impl fmt::Display for SignatureView<'_> {
     }
 }
 
-/// What the ledger knows of a valid path, borrowed from the page it lies on.
+/// What the ledger knows of a valid path, borrowed from the page it lies on: all but references,
+/// signatures and content address.
 #[derive(Debug, Clone, Copy)]
 pub struct RecordView<'a> {
     path: PathRef<'a>,
@@ -99,20 +105,13 @@ pub struct RecordView<'a> {
     pub nar_size_bytes: u64,
     /// Seconds since 1970.
     pub registration_time_s: u64,
-    references: &'a [[u8; 20]],
     deriver: Option<DeriverView<'a>>,
-    /// Content address and signatures, read when asked for.
-    tail: &'a [u8],
 }
 
 impl<'a> RecordView<'a> {
-    /// Reads all but content address and signatures, which only show when asked for.
     pub(crate) fn parse(key: &[u8; 20], bytes: &'a [u8]) -> Result<Self, RecordError> {
         let mut input = Input(bytes);
-        let version = input.byte().ok_or(RecordError::Short)?;
-        if version != VERSION {
-            return Err(RecordError::Version(version));
-        }
+        check_version(&mut input)?;
         Self::parse_body(key, input).ok_or(RecordError::Short)?
     }
 
@@ -126,8 +125,6 @@ impl<'a> RecordView<'a> {
         let Some(name) = check_name(name).ok().and_then(|()| str::from_utf8(name).ok()) else {
             return Some(Err(RecordError::Field("name")));
         };
-        let count = usize::try_from(input.varint()?).ok()?;
-        let (references, _) = input.take(count.checked_mul(20)?)?.as_chunks::<20>();
         let deriver = if flags & (DERIVER_SHORT | DERIVER_LONG) == 0 {
             None
         } else {
@@ -144,9 +141,11 @@ impl<'a> RecordView<'a> {
                 _ => return Some(Err(RecordError::Field("deriver"))),
             }
         };
+        if !input.0.is_empty() {
+            return Some(Err(RecordError::Field("length")));
+        }
         let path = PathRef::trusted(HashPart::from_bytes(*key), name);
-        let tail = input.0;
-        Some(Ok(Self { path, flags, nar_hash, nar_size_bytes, registration_time_s, references, deriver, tail }))
+        Some(Ok(Self { path, flags, nar_hash, nar_size_bytes, registration_time_s, deriver }))
     }
 
     pub const fn path(&self) -> PathRef<'a> {
@@ -158,67 +157,100 @@ impl<'a> RecordView<'a> {
         self.flags & ULTIMATE != 0
     }
 
-    /// Hash parts of the references, ascending; may hold the path itself.
-    pub fn references(&self) -> impl ExactSizeIterator<Item = HashPart> + use<'a> {
-        self.references.iter().map(|bytes| HashPart::from_bytes(*bytes))
-    }
-
-    pub(crate) const fn raw_references(&self) -> &'a [[u8; 20]] {
-        self.references
-    }
-
-    pub fn refers_to_itself(&self) -> bool {
-        self.references.binary_search(self.path.hash_part().as_bytes()).is_ok()
-    }
-
     pub const fn deriver(&self) -> Option<DeriverView<'a>> {
         self.deriver
     }
 
-    pub fn content_address(&self) -> Result<Option<ContentAddress>, RecordError> {
-        self.split_tail().map(|(address, _)| address)
+    pub(crate) const fn has_references(&self) -> bool {
+        self.flags & REFERENCES != 0
     }
 
-    pub fn signatures(&self) -> Result<Vec<SignatureView<'a>>, RecordError> {
-        let (_, rest) = self.split_tail()?;
-        let mut input = Input(rest);
-        let count = input.varint().ok_or(RecordError::Short)?;
-        let mut all = Vec::new();
-        for _ in 0..count {
-            all.push(read_signature(&mut input).ok_or(RecordError::Field("signature"))?);
-        }
-        if input.0.is_empty() { Ok(all) } else { Err(RecordError::Field("length")) }
-    }
-
-    fn split_tail(&self) -> Result<(Option<ContentAddress>, &'a [u8]), RecordError> {
-        let mut input = Input(self.tail);
-        let address = if self.flags & CONTENT_ADDRESS == 0 {
-            None
-        } else {
-            Some(read_content_address(&mut input).ok_or(RecordError::Field("content address"))?)
-        };
-        Ok((address, input.0))
-    }
-
-    /// Everything but the names of the references, which the caller has.
-    pub(crate) fn to_record(self) -> Result<Record, RecordError> {
-        let signatures = self.signatures()?;
-        let signatures = signatures.iter().map(|signature| signature.to_string().parse::<Signature>());
-        Ok(Record {
-            path: self.path.to_store_path(),
-            nar_hash: self.nar_hash,
-            nar_size_bytes: self.nar_size_bytes,
-            registration_time_s: self.registration_time_s,
-            ultimate: self.ultimate(),
-            references: self.references.to_vec(),
-            deriver: self.deriver.map(DeriverView::to_store_path).transpose()?,
-            content_address: self.content_address()?,
-            signatures: signatures.collect::<Result<_, _>>().map_err(|_| RecordError::Field("signature"))?,
-        })
+    pub(crate) const fn has_details(&self) -> bool {
+        self.flags & DETAILS != 0
     }
 }
 
-/// A record with its own memory, for the few places that change one.
+fn check_version(input: &mut Input<'_>) -> Result<(), RecordError> {
+    match input.byte() {
+        Some(VERSION) => Ok(()),
+        Some(other) => Err(RecordError::Version(other)),
+        None => Err(RecordError::Short),
+    }
+}
+
+/// Hash parts of the references of one path, ascending; may hold the path itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ReferencesView<'a>(pub(crate) &'a [[u8; 20]]);
+
+impl<'a> ReferencesView<'a> {
+    pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, RecordError> {
+        let (keys, rest) = bytes.as_chunks::<20>();
+        if rest.is_empty() && keys.is_sorted_by(|a, b| a < b) {
+            Ok(Self(keys))
+        } else {
+            Err(RecordError::Field("list of references"))
+        }
+    }
+
+    pub const fn len(self) -> usize {
+        self.0.len()
+    }
+
+    pub const fn is_empty(self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn iter(self) -> impl ExactSizeIterator<Item = HashPart> + use<'a> {
+        self.0.iter().map(|bytes| HashPart::from_bytes(*bytes))
+    }
+
+    pub fn contains(self, path: HashPart) -> bool {
+        self.0.binary_search(path.as_bytes()).is_ok()
+    }
+}
+
+/// What few paths have, or few ask for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Details {
+    pub(crate) content_address: Option<ContentAddress>,
+    pub(crate) signatures: BTreeSet<Signature>,
+}
+
+impl Details {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.content_address.is_none() && self.signatures.is_empty()
+    }
+
+    /// Replaces `out` by the value of the details table.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        out.clear();
+        out.push(VERSION);
+        match &self.content_address {
+            None => out.push(0),
+            Some(address) => put_content_address(out, address),
+        }
+        for signature in &self.signatures {
+            put_signature(out, signature);
+        }
+    }
+
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, RecordError> {
+        let mut input = Input(bytes);
+        check_version(&mut input)?;
+        let content_address = match input.byte().ok_or(RecordError::Short)? {
+            0 => None,
+            kind => Some(read_content_address(kind, &mut input).ok_or(RecordError::Field("content address"))?),
+        };
+        let mut signatures = BTreeSet::new();
+        while !input.0.is_empty() {
+            let signature = read_signature(&mut input).ok_or(RecordError::Field("signature"))?;
+            signatures.insert(signature.to_string().parse().map_err(|_| RecordError::Field("signature"))?);
+        }
+        Ok(Self { content_address, signatures })
+    }
+}
+
+/// A whole record with its own memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Record {
     pub(crate) path: StorePath,
@@ -229,12 +261,11 @@ pub(crate) struct Record {
     /// Ascending, no duplicates.
     pub(crate) references: Vec<[u8; 20]>,
     pub(crate) deriver: Option<StorePath>,
-    pub(crate) content_address: Option<ContentAddress>,
-    pub(crate) signatures: BTreeSet<Signature>,
+    pub(crate) details: Details,
 }
 
 impl Record {
-    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+    pub(crate) fn fields(&self) -> Fields<'_> {
         Fields {
             name: self.path.name().as_str(),
             nar_hash: &self.nar_hash,
@@ -242,13 +273,13 @@ impl Record {
             registration_time_s: self.registration_time_s,
             ultimate: self.ultimate,
             deriver: self.deriver.as_ref().map(PathRef::from),
-            content_address: self.content_address.as_ref(),
+            has_references: !self.references.is_empty(),
+            has_details: !self.details.is_empty(),
         }
-        .encode(out, self.references.len(), self.references.iter(), self.signatures.iter());
     }
 }
 
-/// What is written, borrowed; references and signatures are given to [`Fields::encode`].
+/// A row of the paths before it is written, borrowed.
 pub(crate) struct Fields<'a> {
     pub(crate) name: &'a str,
     pub(crate) nar_hash: &'a Sha256Digest,
@@ -256,52 +287,31 @@ pub(crate) struct Fields<'a> {
     pub(crate) registration_time_s: u64,
     pub(crate) ultimate: bool,
     pub(crate) deriver: Option<PathRef<'a>>,
-    pub(crate) content_address: Option<&'a ContentAddress>,
+    pub(crate) has_references: bool,
+    pub(crate) has_details: bool,
 }
 
 impl Fields<'_> {
-    /// Replaces `out` by the record. `references` must ascend.
-    pub(crate) fn encode<'r>(
-        &self,
-        out: &mut Vec<u8>,
-        count: usize,
-        references: impl Iterator<Item = &'r [u8; 20]>,
-        signatures: impl ExactSizeIterator<Item = &'r Signature>,
-    ) {
+    /// Replaces `out` by the row.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         let deriver = self.deriver.map(|deriver| (deriver, shared_prefix(self.name, deriver.name())));
-        let mut flags = 0;
-        if self.ultimate {
-            flags |= ULTIMATE;
-        }
-        if let Some((_, (_, rest))) = deriver {
-            flags |= if rest == ".drv" { DERIVER_SHORT } else { DERIVER_LONG };
-        }
-        if self.content_address.is_some() {
-            flags |= CONTENT_ADDRESS;
-        }
+        let flag = |on: bool, flag: u8| if on { flag } else { 0 };
+        let flags = flag(self.ultimate, ULTIMATE)
+            | flag(self.has_references, REFERENCES)
+            | flag(self.has_details, DETAILS)
+            | deriver.map_or(0, |(_, (_, rest))| if rest == ".drv" { DERIVER_SHORT } else { DERIVER_LONG });
         out.clear();
         out.extend_from_slice(&[VERSION, flags]);
         out.extend_from_slice(self.nar_hash.as_bytes());
         out.extend_from_slice(&self.nar_size_bytes.to_le_bytes());
         out.extend_from_slice(&self.registration_time_s.to_le_bytes());
         put_short(out, self.name);
-        put_varint(out, count as u64);
-        for reference in references {
-            out.extend_from_slice(reference);
-        }
         if let Some((deriver, (shared, rest))) = deriver {
             out.extend_from_slice(deriver.hash_part().as_bytes());
             out.push(shared);
             if rest != ".drv" {
                 put_short(out, rest);
             }
-        }
-        if let Some(address) = self.content_address {
-            put_content_address(out, address);
-        }
-        put_varint(out, signatures.len() as u64);
-        for signature in signatures {
-            put_signature(out, signature);
         }
     }
 }
@@ -325,7 +335,7 @@ fn shared_prefix<'a>(own: &str, name: &'a str) -> (u8, &'a str) {
 fn put_content_address(out: &mut Vec<u8>, address: &ContentAddress) {
     match address {
         ContentAddress::Text(digest) => {
-            out.push(0);
+            out.push(1);
             out.extend_from_slice(digest.as_bytes());
         }
         ContentAddress::Fixed(method, hash) => {
@@ -340,16 +350,15 @@ fn put_content_address(out: &mut Vec<u8>, address: &ContentAddress) {
                 Algorithm::Sha256 => 2,
                 Algorithm::Sha512 => 3,
             };
-            out.push(1 + method * 4 + algorithm);
+            out.push(2 + method * 4 + algorithm);
             out.extend_from_slice(hash.as_bytes());
         }
     }
 }
 
-fn read_content_address(input: &mut Input<'_>) -> Option<ContentAddress> {
-    let Some(kind) = input.byte()?.checked_sub(1) else {
-        return Some(ContentAddress::Text(Sha256Digest(*input.array()?)));
-    };
+/// Reads the digest of a kind, which is not 0.
+fn read_content_address(kind: u8, input: &mut Input<'_>) -> Option<ContentAddress> {
+    let Some(kind) = kind.checked_sub(2) else { return Some(ContentAddress::Text(Sha256Digest(*input.array()?))) };
     let method = match kind / 4 {
         0 => Method::Flat,
         1 => Method::Recursive,

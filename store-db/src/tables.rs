@@ -11,8 +11,12 @@ pub(crate) type HashKey = &'static [u8; 20];
 pub(crate) type PairKey = &'static [u8; 40];
 pub(crate) type Bytes = &'static [u8];
 
-/// Hash part of a valid path -> its record.
+/// Hash part of a valid path -> what is asked most.
 pub(crate) const PATHS: TableDefinition<'static, HashKey, Bytes> = TableDefinition::new("paths");
+/// Hash part of a valid path that has references -> their hash parts, ascending.
+pub(crate) const REFERENCES: TableDefinition<'static, HashKey, Bytes> = TableDefinition::new("references");
+/// Hash part of a valid path that has any -> content address and signatures.
+pub(crate) const DETAILS: TableDefinition<'static, HashKey, Bytes> = TableDefinition::new("details");
 /// Referenced path ++ referring path, without references to oneself.
 pub(crate) const REFERRERS: TableDefinition<'static, PairKey, ()> = TableDefinition::new("referrers");
 /// Valid derivation ++ name of the output -> output path (which need not be valid).
@@ -29,7 +33,7 @@ pub(crate) const META: TableDefinition<'static, &'static str, Bytes> = TableDefi
 /// The marker that holds the schema version, 4 bytes, little-endian.
 pub(crate) const SCHEMA_KEY: &str = "schema";
 
-pub(crate) type Paths<'t> = redb::Table<'t, HashKey, Bytes>;
+pub(crate) type Rows<'t> = redb::Table<'t, HashKey, Bytes>;
 pub(crate) type Pairs<'t> = redb::Table<'t, PairKey, ()>;
 
 pub(crate) fn pair(first: &[u8; 20], second: &[u8; 20]) -> [u8; 40] {

@@ -17,10 +17,11 @@ use redb::{ReadableTable as _, ReadableTableMetadata as _, Table, WriteTransacti
 use crate::batch::{Batch, Sorted};
 use crate::error::DbError;
 use crate::open::StoreDb;
-use crate::query::{bad_record, each_key, find, outputs_of, parse, seconds};
-use crate::record::{Fields, Record, encode_output};
+use crate::query::{bad_record, each_key, find, outputs_of, own, parse, parse_references, seconds};
+use crate::record::{Details, Fields, Record, encode_output};
 use crate::tables::{
-    self, Bytes, DERIVERS, FAILED, META, OUTPUTS, PATHS, Pairs, Paths, REALISATIONS, REFERRERS, output_key, pair,
+    self, Bytes, DERIVERS, DETAILS, FAILED, META, OUTPUTS, PATHS, Pairs, REALISATIONS, REFERENCES, REFERRERS, Rows,
+    output_key, pair,
 };
 
 /// The one write transaction there may be at a time.
@@ -28,7 +29,9 @@ use crate::tables::{
 /// Given by [`StoreDb::write`]; committed if its closure succeeds.
 pub struct WriteTxn<'t> {
     txn: &'t WriteTransaction,
-    paths: Paths<'t>,
+    paths: Rows<'t>,
+    references: Rows<'t>,
+    details: Rows<'t>,
     referrers: Pairs<'t>,
     outputs: Table<'t, Bytes, Bytes>,
     derivers: Pairs<'t>,
@@ -55,6 +58,8 @@ impl<'t> WriteTxn<'t> {
         Ok(Self {
             txn,
             paths: txn.open_table(PATHS)?,
+            references: txn.open_table(REFERENCES)?,
+            details: txn.open_table(DETAILS)?,
             referrers: txn.open_table(REFERRERS)?,
             outputs: txn.open_table(OUTPUTS)?,
             derivers: txn.open_table(DERIVERS)?,
@@ -70,10 +75,16 @@ impl<'t> WriteTxn<'t> {
         self.changed = true;
     }
 
-    pub(crate) const fn tables(
-        &mut self,
-    ) -> (&mut Paths<'t>, &mut Pairs<'t>, &mut Table<'t, Bytes, Bytes>, &mut Pairs<'t>) {
-        (&mut self.paths, &mut self.referrers, &mut self.outputs, &mut self.derivers)
+    /// All tables of paths, for the check.
+    pub(crate) const fn tables(&mut self) -> Tables<'_, 't> {
+        Tables {
+            paths: &mut self.paths,
+            references: &mut self.references,
+            details: &mut self.details,
+            referrers: &mut self.referrers,
+            outputs: &mut self.outputs,
+            derivers: &mut self.derivers,
+        }
     }
 
     pub fn is_valid(&self, path: &StorePath) -> Result<bool, DbError> {
@@ -99,8 +110,8 @@ impl<'t> WriteTxn<'t> {
             deriver: record.deriver,
             registration_time_s: record.registration_time_s,
             ultimate: record.ultimate,
-            signatures: record.signatures,
-            content_address: record.content_address,
+            signatures: record.details.signatures,
+            content_address: record.details.content_address,
         }))
     }
 
@@ -113,9 +124,24 @@ impl<'t> WriteTxn<'t> {
     }
 
     fn record(&self, path: &StorePath) -> Result<Option<Record>, DbError> {
-        let Some(record) = find(&self.paths, path.into())? else { return Ok(None) };
-        let view = record.view();
-        view.to_record().map(Some).map_err(|source| bad_record(view.path(), source))
+        let Some(found) = find(&self.paths, path.into())? else { return Ok(None) };
+        self.whole(own(&found.view())?).map(Some)
+    }
+
+    /// Adds what lies in the other tables.
+    fn whole(&self, mut record: Record) -> Result<Record, DbError> {
+        let key = *record.path.hash_part().as_bytes();
+        record.references = self.reference_keys(&key)?;
+        if let Some(bytes) = self.details.get(&key)? {
+            let details = Details::parse(bytes.value());
+            record.details = details.map_err(|source| bad_record((&record.path).into(), source))?;
+        }
+        Ok(record)
+    }
+
+    fn reference_keys(&self, key: &[u8; 20]) -> Result<Vec<[u8; 20]>, DbError> {
+        let Some(bytes) = self.references.get(key)? else { return Ok(Vec::new()) };
+        Ok(parse_references(key, bytes.value())?.0.to_vec())
     }
 
     fn valid_record(&self, path: &StorePath) -> Result<Record, DbError> {
@@ -135,10 +161,16 @@ impl<'t> WriteTxn<'t> {
         named.collect()
     }
 
+    /// Writes a record whose references are as before.
     fn put(&mut self, record: &Record) -> Result<(), DbError> {
+        let key = record.path.hash_part();
         let mut bytes = Vec::new();
-        record.encode(&mut bytes);
-        self.paths.insert(record.path.hash_part().as_bytes(), bytes.as_slice())?;
+        record.fields().encode(&mut bytes);
+        self.paths.insert(key.as_bytes(), bytes.as_slice())?;
+        if !record.details.is_empty() {
+            record.details.encode(&mut bytes);
+            self.details.insert(key.as_bytes(), bytes.as_slice())?;
+        }
         self.changed = true;
         Ok(())
     }
@@ -171,13 +203,13 @@ impl<'t> WriteTxn<'t> {
         let needed: Vec<u32> = batch.ranks().filter(|rank| batch.is_row(*rank) || batch.is_referenced(*rank)).collect();
         let keys: Vec<[u8; 20]> = needed.iter().map(|rank| *batch.key(*rank)).collect();
         let mut known = BTreeMap::new();
-        each_key(&self.paths, &keys, |at, view| {
+        each_key(&self.paths, &keys, |at, key, bytes| {
             let Some(&rank) = needed.get(at) else { return Ok(()) };
             let path = batch.path(rank);
-            match view {
+            match bytes.map(|bytes| parse(key, bytes)).transpose()? {
                 Some(view) if view.path() == path => {
                     if batch.is_row(rank) {
-                        known.insert(rank, view.to_record().map_err(|source| bad_record(path, source))?);
+                        known.insert(rank, self.whole(own(&view)?)?);
                     }
                     Ok(())
                 }
@@ -212,8 +244,7 @@ impl<'t> WriteTxn<'t> {
                 nar_size_bytes: row.nar_size_bytes,
                 ultimate: row.ultimate,
                 references: references.into_iter().collect(),
-                content_address: row.content_address.cloned(),
-                signatures: row.signatures.cloned().unwrap_or_default(),
+                details: row.details.cloned().unwrap_or_default(),
             };
             merged.insert(rank, Merged { record, added });
         }
@@ -234,10 +265,7 @@ impl<'t> WriteTxn<'t> {
                     Some(merged) => merged.record.references.clone(),
                     None => batch.references(*rank).iter().map(|r| *batch.key(*r)).collect(),
                 },
-                None => match self.paths.get(key)? {
-                    Some(bytes) => parse(key, bytes.value())?.raw_references().to_vec(),
-                    None => Vec::new(),
-                },
+                None => self.reference_keys(key)?,
             };
             all.retain(|reference| reference != key);
             // They are taken from the end.
@@ -287,29 +315,51 @@ impl<'t> WriteTxn<'t> {
     }
 
     fn insert_paths(&mut self, batch: &Sorted, merged: &BTreeMap<u32, Merged>) -> Result<(), DbError> {
-        let mut rows = batch.ranks().filter(|rank| batch.is_row(*rank));
-        let none = BTreeSet::new();
+        let all_rows = || batch.ranks().filter(|rank| batch.is_row(*rank));
+        let mut rows = all_rows();
         insert_ascending(&mut self.paths, |bytes| {
             let rank = rows.next()?;
             if let Some(merged) = merged.get(&rank) {
-                merged.record.encode(bytes);
+                merged.record.fields().encode(bytes);
             } else if let Some(row) = batch.row(rank) {
-                let references = batch.references(rank);
+                let name = batch.path(rank).name();
                 let fields = Fields {
-                    name: batch.path(rank).name(),
+                    name,
                     nar_hash: row.nar_hash,
                     nar_size_bytes: row.nar_size_bytes,
                     registration_time_s: row.registration_time_s,
                     ultimate: row.ultimate,
                     deriver: row.deriver,
-                    content_address: row.content_address,
+                    has_references: !batch.references(rank).is_empty(),
+                    has_details: row.details.is_some(),
                 };
-                let signatures = row.signatures.unwrap_or(&none);
-                let keys = references.iter().map(|reference| batch.key(*reference));
-                fields.encode(bytes, references.len(), keys, signatures.iter());
+                fields.encode(bytes);
             }
             Some(*batch.key(rank))
-        })
+        })?;
+        let mut rows = all_rows();
+        insert_ascending(&mut self.references, |bytes| {
+            let rank = rows.find(|rank| {
+                merged.get(rank).map_or(!batch.references(*rank).is_empty(), |merged| !merged.added.is_empty())
+            })?;
+            bytes.clear();
+            match merged.get(&rank) {
+                Some(merged) => bytes.extend_from_slice(merged.record.references.as_flattened()),
+                None => batch.references(rank).iter().for_each(|r| bytes.extend_from_slice(batch.key(*r))),
+            }
+            Some(*batch.key(rank))
+        })?;
+        let mut rows = all_rows().filter_map(|rank| Some((rank, batch.row(rank)?.details?)));
+        insert_ascending(&mut self.details, |bytes| {
+            let (rank, details) = rows.next()?;
+            details.encode(bytes);
+            Some(*batch.key(rank))
+        })?;
+        // Details are replaced, also by none.
+        for merged in merged.values().filter(|merged| merged.record.details.is_empty()) {
+            self.details.remove(merged.record.path.hash_part().as_bytes())?;
+        }
+        Ok(())
     }
 
     /// Adds the inverse of the new references, in its own order: a counting sort by reference.
@@ -396,8 +446,9 @@ impl<'t> WriteTxn<'t> {
     pub fn invalidate(&mut self, paths: &BTreeSet<StorePath>) -> Result<usize, DbError> {
         let mut records = Vec::new();
         for path in paths {
-            let Some(record) = find(&self.paths, path.into())? else { continue };
-            records.push((path, record.view().raw_references().to_vec()));
+            if self.is_valid(path)? {
+                records.push((path, self.reference_keys(path.hash_part().as_bytes())?));
+            }
         }
         for (path, _) in &records {
             let mut users = seconds(&self.referrers, path.hash_part().as_bytes())?;
@@ -413,6 +464,8 @@ impl<'t> WriteTxn<'t> {
         for (path, references) in &records {
             let key = *path.hash_part().as_bytes();
             self.paths.remove(&key)?;
+            self.references.remove(&key)?;
+            self.details.remove(&key)?;
             for reference in references.iter().filter(|reference| **reference != key) {
                 self.referrers.remove(&pair(reference, &key))?;
             }
@@ -427,7 +480,7 @@ impl<'t> WriteTxn<'t> {
     /// Adds signatures to a valid path.
     pub fn add_signatures(&mut self, path: &StorePath, signatures: &BTreeSet<Signature>) -> Result<(), DbError> {
         let mut record = self.valid_record(path)?;
-        record.signatures.extend(signatures.iter().cloned());
+        record.details.signatures.extend(signatures.iter().cloned());
         self.put(&record)
     }
 
@@ -492,6 +545,16 @@ impl<'t> WriteTxn<'t> {
     pub fn meta(&self, key: &str) -> Result<Option<Vec<u8>>, DbError> {
         Ok(self.txn.open_table(META)?.get(key)?.map(|bytes| bytes.value().to_vec()))
     }
+}
+
+/// The tables of a transaction.
+pub(crate) struct Tables<'w, 't> {
+    pub(crate) paths: &'w mut Rows<'t>,
+    pub(crate) references: &'w mut Rows<'t>,
+    pub(crate) details: &'w mut Rows<'t>,
+    pub(crate) referrers: &'w mut Pairs<'t>,
+    pub(crate) outputs: &'w mut Table<'t, Bytes, Bytes>,
+    pub(crate) derivers: &'w mut Pairs<'t>,
 }
 
 /// A path that was valid before: its record now, and which references of the batch are new to it.

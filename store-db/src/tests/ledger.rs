@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::{Batch, DbError, Mode, OpenOptions, StoreDb, Walk, graph};
 use larder_core::hash::Sha256Digest;
 use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
 use larder_core::store_path::{Name, StorePath};
-use larder_store_db::{Batch, DbError, Mode, OpenOptions, StoreDb, Walk, graph};
 
 fn path(n: u8, name: &str) -> StorePath {
     StorePath::new(HashPart::from_bytes([n; 20]), Name::new(name).unwrap())
@@ -66,6 +66,6 @@ fn nothing_is_left_dangling() {
     let error = db.write(|w| w.invalidate(&BTreeSet::from([b.clone()]))).unwrap_err();
     assert_eq!(error.to_string(), format!("cannot delete path '{b}' because it is in use by '{a}', '{c}'"));
     assert_eq!(db.write(|w| w.invalidate(&BTreeSet::from([a, b, c]))).unwrap(), 3);
-    assert_eq!(db.read(larder_store_db::ReadTxn::count).unwrap(), 0);
+    assert_eq!(db.read(crate::ReadTxn::count).unwrap(), 0);
     assert_eq!(db.check().unwrap(), []);
 }
