@@ -418,8 +418,9 @@ mod tests {
                 "import-path-bad-name" => assert!(done.unwrap_err().contains("illegal character '~'")),
                 _ if expected["accepted"] == true => {
                     assert_eq!(done, Ok(()), "{id}");
-                    let printed: String = objects.iter().map(|(o, _)| format!("{}\n", dir().full(&o.path))).collect();
-                    assert_eq!(expected["stdout"], printed, "{id}");
+                    let printed: Vec<String> = objects.iter().map(|(o, _)| dir().full(&o.path)).collect();
+                    let wanted: Vec<&str> = expected["stdout"].as_str().unwrap().lines().collect();
+                    assert_eq!(printed, wanted, "{id}");
                     for (object, nar) in &objects {
                         let mut record = Vec::new();
                         let hash = (&Sha256Digest::of(nar), nar.len() as u64);
@@ -448,7 +449,7 @@ mod tests {
         let word = |n: u64| n.to_le_bytes().to_vec();
         let path = string(b"/nix/store/66666666666666666666666666666666-s");
         let with = |at: usize, new: Vec<u8>| {
-            let mut fields = vec![word(MAGIC), path.clone(), word(0), word(0), word(0)];
+            let mut fields = [word(MAGIC), path.clone(), word(0), word(0), word(0)];
             fields[at] = new;
             let dir = dir();
             let mut trailer = Trailer::new(&dir);

@@ -17,6 +17,7 @@ pub mod path_info;
 pub mod refscan;
 pub mod registration;
 pub mod report;
+pub mod settings;
 pub mod signature;
 pub mod store_dir;
 pub mod store_path;

@@ -200,6 +200,7 @@ mod tests {
     use super::*;
     use crate::arb::texts as arb;
     use crate::store_dir::StoreDir;
+    use crate::store_path::StorePath;
     use crate::test_vectors::{cases, nar_of, store_paths};
     use proptest::prelude::*;
 
@@ -223,7 +224,7 @@ mod tests {
             let id = case["id"].as_str().unwrap();
             let nar = nar_of(&case["tree"]);
             assert_eq!(crate::hash::Sha256Digest::of(&nar).to_hex(), case["nar_sha256_hex"], "{id}");
-            let parts = |key: &str| store_paths(&dir, &case[key]).iter().map(|p| p.hash_part()).collect();
+            let parts = |key: &str| store_paths(&dir, &case[key]).iter().map(StorePath::hash_part).collect();
             let candidates: BTreeSet<HashPart> = parts("candidates");
             let references: BTreeSet<HashPart> = parts("references");
             for cut in [1, 7, 31, 32, 33, 4096, 65536, usize::MAX] {

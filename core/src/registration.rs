@@ -436,7 +436,9 @@ mod tests {
 
     fn write(records: &[Record]) -> Vec<u8> {
         let mut out = Vec::new();
-        records.iter().for_each(|r| r.write(&mut out, &dir()));
+        for record in records {
+            record.write(&mut out, &dir());
+        }
         out
     }
 

@@ -7,14 +7,18 @@ use serde_json::Value;
 use crate::store_dir::StoreDir;
 use crate::store_path::StorePath;
 
-/// The cases of `tests/vectors/NAME.json`.
-pub(crate) fn cases(name: &str) -> Vec<Value> {
+/// `tests/vectors/NAME.json`.
+pub(crate) fn vector_file(name: &str) -> Value {
     let path = format!("{}/../tests/vectors/{name}.json", env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("cannot read {path}: {e}"));
-    let mut file: Value = serde_json::from_str(&text).unwrap();
-    match file["cases"].take() {
+    serde_json::from_str(&text).unwrap()
+}
+
+/// The cases of `tests/vectors/NAME.json`.
+pub(crate) fn cases(name: &str) -> Vec<Value> {
+    match vector_file(name)["cases"].take() {
         Value::Array(cases) => cases,
-        _ => panic!("{path} has no cases"),
+        _ => panic!("{name} has no cases"),
     }
 }
 

@@ -8,6 +8,7 @@ use crate::export::Object;
 use crate::hash::Sha256Digest;
 use crate::hash_part::HashPart;
 use crate::registration::{Form, Record};
+use crate::settings::TABLE;
 use crate::store_path::{Name, StorePath};
 
 /// Any hash part; now and then one of few letters, so that needles overlap.
@@ -102,4 +103,27 @@ pub fn spoiled(bytes: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
 /// What an export stream says of an object.
 pub fn object() -> impl Strategy<Value = Object> {
     record(Form::WithoutHash).prop_map(|r| Object { path: r.path, references: r.references, deriver: r.deriver })
+}
+
+/// A word that some settings take as a value.
+pub fn word() -> impl Strategy<Value = String> {
+    prop_oneof![
+        Just("true".to_owned()),
+        prop::sample::select(vec!["false", "yes", "no", "relaxed", "auto", "a=b", "c=d", "4K", "-3"])
+            .prop_map(str::to_owned),
+        any::<u32>().prop_map(|n| n.to_string()),
+        "/[a-z./]{0,10}",
+        "[a-zé=@:]{1,8}",
+    ]
+}
+
+/// The text of a file of settings: mostly known names, some with `extra-`.
+pub fn settings() -> impl Strategy<Value = String> {
+    let names = TABLE.iter().flat_map(|e| e.aliases.iter().copied().chain([e.name])).collect::<Vec<_>>();
+    let prefix = prop::sample::select(vec!["", "", "", "extra-"]);
+    let name = (prefix, prop::sample::select(names)).prop_map(|(prefix, name)| format!("{prefix}{name}"));
+    let end = prop::sample::select(vec!["\n", "\n", " # comment\n", "\r\n", "\n\n"]);
+    let value = prop::collection::vec(word(), 0..3);
+    let line = (name, value, end).prop_map(|(name, value, end)| format!("{name} = {}{end}", value.join(" ")));
+    prop::collection::vec(line, 0..4).prop_map(|lines| lines.concat())
 }
