@@ -9,6 +9,7 @@
 pub mod args;
 pub mod conf;
 pub mod exit;
+pub mod graphs;
 pub mod interrupt;
 pub mod pager;
 pub mod printer;
