@@ -1,0 +1,140 @@
+//! Exit codes, and the one place where an error is printed.
+//!
+//! An operation gives a [`Failure`] up to here, with all its causes; [`Failure::status`] is the
+//! only place that knows which error has which exit code. Source: cli, sections 1.8 and 2.
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+
+use crate::args::{ScanError, UsageError};
+use crate::conf::LoadError;
+use crate::interrupt::Interrupted;
+
+/// An exit status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status(u8);
+
+impl Status {
+    pub const SUCCESS: Self = Self(0);
+    /// Any error that has no status of its own, and `--verify` that found something.
+    pub const FAILURE: Self = Self(1);
+
+    pub const fn code(self) -> u8 {
+        self.0
+    }
+}
+
+/// What ended an operation: an error with its causes.
+///
+/// Made from any error by `?`; not an error itself, so that it cannot end up inside another one.
+#[derive(Debug)]
+pub struct Failure(Box<dyn Error + Send + Sync>);
+
+impl<E: Error + Send + Sync + 'static> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self(Box::new(error))
+    }
+}
+
+impl Failure {
+    pub fn error(&self) -> &(dyn Error + 'static) {
+        &*self.0
+    }
+
+    /// Was the command itself wrong, so that `--help` would help?
+    pub fn is_usage(&self) -> bool {
+        self.0.is::<UsageError>()
+            || matches!(self.0.downcast_ref(), Some(ScanError::Usage(_)))
+            || matches!(self.0.downcast_ref(), Some(LoadError::Settings(error)) if error.is_usage())
+    }
+
+    pub fn is_interrupt(&self) -> bool {
+        causes(self.error()).any(<dyn Error>::is::<Interrupted>)
+    }
+
+    /// The exit status.
+    pub fn status(&self) -> Status {
+        Status::FAILURE
+    }
+}
+
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |error| (**error).source())
+}
+
+/// An error and its causes in one text, joined by colons: `cannot open 'P': Permission denied`.
+///
+/// A cause that already ends the text is not said again; the number that Rust adds to errors of
+/// the operating system is left out.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = String::new();
+    for cause in causes(error) {
+        let said = plain(cause);
+        if !said.is_empty() && !text.ends_with(&said) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&said);
+        }
+    }
+    text
+}
+
+/// The text of one error, without ` (os error N)`.
+fn plain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let number = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+    let number = number.or_else(|| error.downcast_ref::<rustix::io::Errno>().map(|e| e.raw_os_error()));
+    if let Some(number) = number {
+        let suffix = format!(" (os error {number})");
+        if text.ends_with(&suffix) {
+            text.truncate(text.len() - suffix.len());
+        }
+    }
+    text
+}
+
+/// Indents all lines but the first by the width of `error: `.
+pub fn indent(text: &str) -> impl fmt::Display + '_ {
+    fmt::from_fn(move |f| {
+        for (i, line) in text.trim_end_matches('\n').split('\n').enumerate() {
+            match (i, line) {
+                (0, _) => f.write_str(line)?,
+                (_, "") => f.write_str("\n")?,
+                _ => write!(f, "\n       {line}")?,
+            }
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    enum Sample {
+        #[error("cannot open '{0}'")]
+        Open(&'static str, #[source] io::Error),
+        #[error("bad thing: {source}")]
+        Repeats { source: Box<Sample> },
+        #[error("cannot run")]
+        Outer(#[source] Box<Sample>),
+    }
+
+    #[test]
+    fn causes_are_joined_and_said_once() {
+        let inner = || Sample::Open("x", io::Error::from_raw_os_error(2));
+        assert_eq!(chain(&inner()), "cannot open 'x': No such file or directory");
+        assert_eq!(chain(&Sample::Outer(Box::new(inner()))), "cannot run: cannot open 'x': No such file or directory");
+        let repeats = Sample::Repeats { source: Box::new(inner()) };
+        assert_eq!(chain(&repeats), "bad thing: cannot open 'x': No such file or directory");
+    }
+
+    #[test]
+    fn later_lines_are_indented() {
+        assert_eq!(indent("a\nb\n\nc\n").to_string(), "a\n       b\n\n       c");
+        assert_eq!(indent("a").to_string(), "a");
+    }
+}
