@@ -109,7 +109,7 @@ impl LocalStore {
         if !options.ignore_liveness {
             kept.roots = self.roots(false)?.into_iter().map(|root| root.path).collect();
         }
-        for root in temp_roots::read_all(self.layout(), Stale::Remove, self.reporter())?.roots {
+        for root in temp_roots::read_all(self.layout(), Stale::Delete, self.reporter())?.roots {
             kept.hash_parts.insert(root.path.hash_part());
         }
         let listed: BTreeSet<&StorePath> = paths.iter().collect();

@@ -52,6 +52,8 @@ pub enum StoreError {
     Changed { path: String, expected: Sha256Digest, found: Sha256Digest },
     #[error("hash mismatch importing path '{path}';\n  specified: {expected}\n  got:       {found}")]
     Mismatch { path: String, expected: Hash, found: Hash },
+    #[error("cannot find out who else needs the paths, so nothing may be deleted")]
+    Roots(#[from] larder_gc::roots::RootsError),
     #[error(transparent)]
     Db(DbError),
     #[error(transparent)]
@@ -101,7 +103,7 @@ impl From<DbError> for StoreError {
 
 impl StoreError {
     /// Gives errors of the ledger, which does not know the store directory, their full paths.
-    pub(crate) fn in_dir(self, dir: &StoreDir) -> Self {
+    pub fn in_dir(self, dir: &StoreDir) -> Self {
         let full = |path: &StorePath| dir.full(path);
         match self {
             Self::Db(DbError::NotValid { path }) => Self::NotValid { path: full(&path) },

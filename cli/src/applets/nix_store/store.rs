@@ -74,7 +74,7 @@ pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access
         }
         StoreChoice::Remote { uri } => return Err(StoreOpError::NotLocal { uri }.into()),
     };
-    let access = if local.read_only || settings.readonly_mode { Access::ReadOnly } else { access };
+    let access = if local.read_only { Access::ReadOnly } else { access };
     if access == Access::ReadWrite {
         if local.is_private && !local.layout.state.exists() {
             cx.terminal.message(
@@ -85,7 +85,7 @@ pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access
                 ),
             );
         }
-        if cx.env.is_root {
+        if cx.env.is_root() {
             // Before anything is opened below it, and before there are threads to leave behind.
             larder_fs::mounts::make_store_writable(&local.layout.real_store)?;
         }
@@ -105,7 +105,7 @@ fn open_local(
         build_users_group: settings.build_users_group.clone(),
         ignored_acls: settings.ignored_acls.iter().cloned().collect(),
         preallocate_contents: settings.preallocate_contents,
-        gc_reserved_space_bytes: settings.gc_reserved_space,
+        gc_reserved_space_bytes: u64::try_from(settings.gc_reserved_space).unwrap_or(0),
         keep_outputs: settings.keep_outputs,
         keep_derivations: settings.keep_derivations,
         sync: settings.fsync_metadata,
@@ -284,7 +284,7 @@ pub(super) fn print_env(cx: &Context, settings: &Settings, derivation: &OsStr) -
     let path = store.dir().parse(derivation.as_bytes())?;
     store.info(&path)?;
     let mut out = Printer::new(Output::Listing);
-    out.bytes(&larder_core::derivation::print_env(&store.derivation(&path)?))?;
+    out.bytes(&larder_core::derivation::options::print_env(&store.derivation(&path)?))?;
     Ok(out.finish()?)
 }
 
