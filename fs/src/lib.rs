@@ -1,1 +1,5 @@
 //! Store objects on disk.
+
+pub mod dump;
+pub mod pipe;
+pub mod restore;
