@@ -18,3 +18,8 @@ pub mod users;
 
 #[cfg(test)]
 mod testing;
+//! Store objects on disk.
+
+pub mod dump;
+pub mod pipe;
+pub mod restore;
