@@ -344,7 +344,10 @@ fn read_one(
         // Without a name it is somebody else's work already, and the name may be another file's.
         if stale == Stale::Delete && file.has_name()? {
             reporter.message(Level::Info, format_args!("removing stale temporary roots file '{}'", shown(path)));
-            file.delete()?;
+            if let Err(e) = file.delete() {
+                // It is none of the living, whether it can be deleted or not.
+                reporter.message(Level::Debug, format_args!("{e}: {}", e.source));
+            }
         }
         return Ok(());
     }
