@@ -18,8 +18,9 @@ use crate::record::{DeriverView, PathRef, RecordView, ReferencesView};
 use crate::tables::{inconsistent, split_output_key};
 use redb::ReadableTable as _;
 
-/// Once so many-th a part of the table has been visited path by path, the rest is read in one go.
-const SWITCH_RATIO: u64 = 8;
+/// Once so many-th a part of the table has been visited path by path, the rest is read in one
+/// go. (More in tests, whose tables are small, so that they see both ways.)
+const SWITCH_RATIO: u64 = if cfg!(test) { 2 } else { 8 };
 
 /// A path of a [`Graph`]: a number below [`Graph::len`], in the order of the base names.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -88,6 +88,9 @@ pub struct StoreDb {
     reader: Mutex<Option<Arc<ReadOnlyDatabase>>>,
     /// Opened by the first write and kept, as opening and closing costs more than a commit.
     writer: Mutex<Option<Arc<Database>>>,
+    /// Stands for the file in tests.
+    #[cfg(test)]
+    disk: Option<crate::tests::disk::Disk>,
     /// The thread inside `write`, to catch a write within a write, which would wait for itself.
     writing: Mutex<Option<ThreadId>>,
 }
@@ -120,6 +123,8 @@ impl StoreDb {
             schema,
             reader: Mutex::default(),
             writer: Mutex::default(),
+            #[cfg(test)]
+            disk: None,
             writing: Mutex::default(),
         };
         match fs::symlink_metadata(&db.path) {
@@ -133,6 +138,26 @@ impl StoreDb {
             }
             Err(error) => Err(db.io("look at", error)),
         }
+    }
+
+    /// A ledger on a disk that a test can stop at any moment. Reads go through the writing handle.
+    #[cfg(test)]
+    pub(crate) fn on_disk(disk: &crate::tests::disk::Disk) -> Result<Self, DbError> {
+        let db = Self {
+            dir: PathBuf::new(),
+            path: PathBuf::from("disk"),
+            options: OpenOptions::new(Mode::Existing),
+            schema: &SCHEMA,
+            reader: Mutex::default(),
+            writer: Mutex::default(),
+            disk: Some(disk.clone()),
+            writing: Mutex::default(),
+        };
+        if disk.is_empty() {
+            make_tables(&*db.writer()?, SCHEMA.version)?;
+        }
+        drop(db.writer()?);
+        Ok(db)
     }
 
     /// Is there a ledger in this directory?
@@ -297,9 +322,17 @@ impl StoreDb {
         if let Some(db) = &*slot {
             return Ok(db.clone());
         }
-        let db = Arc::new(self.builder().open(&self.path).map_err(|error| self.database(error))?);
+        let db = Arc::new(self.open_writer().map_err(|error| self.database(error))?);
         *slot = Some(db.clone());
         Ok(db)
+    }
+
+    fn open_writer(&self) -> Result<Database, DatabaseError> {
+        #[cfg(test)]
+        if let Some(disk) = &self.disk {
+            return self.builder().create_with_backend(disk.handle());
+        }
+        self.builder().open(&self.path)
     }
 
     fn forget_writer(&self) {

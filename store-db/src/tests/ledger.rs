@@ -1,36 +1,7 @@
-//! The ledger from outside: what is registered is found again.
+//! The ledger from outside, case by case.
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use crate::{Batch, DbError, Mode, OpenOptions, StoreDb, Walk, graph};
-use larder_core::hash::Sha256Digest;
-use larder_core::hash_part::HashPart;
-use larder_core::path_info::PathInfo;
-use larder_core::store_path::{Name, StorePath};
-
-fn path(n: u8, name: &str) -> StorePath {
-    StorePath::new(HashPart::from_bytes([n; 20]), Name::new(name).unwrap())
-}
-
-fn info(path: &StorePath, references: &[&StorePath]) -> PathInfo {
-    let mut info = PathInfo::new(path.clone(), Sha256Digest([7; 32]), 100);
-    info.references = references.iter().map(|p| (*p).clone()).collect();
-    info
-}
-
-fn batch(infos: &[PathInfo]) -> Batch {
-    let mut batch = Batch::new();
-    for info in infos {
-        batch.push_info(info, &BTreeMap::new()).unwrap();
-    }
-    batch
-}
-
-fn house() -> (tempfile::TempDir, StoreDb) {
-    let dir = tempfile::tempdir().unwrap();
-    let db = StoreDb::open(dir.path(), &OpenOptions::new(Mode::Create)).unwrap();
-    (dir, db)
-}
+use super::{batch, house, info, path, set};
+use crate::{DbError, Mode, OpenOptions, ReadTxn, StoreDb, Walk, graph};
 
 #[test]
 fn registered_paths_are_found_again() {
@@ -63,9 +34,9 @@ fn nothing_is_left_dangling() {
     let error = db.register(batch(&[info(&a, &[&b]), info(&b, &[&a])])).unwrap_err();
     assert_eq!(error.to_string(), format!("cycle detected in the references of '{a}' from '{b}'"));
     db.register(batch(&[info(&a, &[&b]), info(&c, &[&b, &a]), info(&b, &[])])).unwrap();
-    let error = db.write(|w| w.invalidate(&BTreeSet::from([b.clone()]))).unwrap_err();
+    let error = db.write(|w| w.invalidate(&set([&b]))).unwrap_err();
     assert_eq!(error.to_string(), format!("cannot delete path '{b}' because it is in use by '{a}', '{c}'"));
-    assert_eq!(db.write(|w| w.invalidate(&BTreeSet::from([a, b, c]))).unwrap(), 3);
-    assert_eq!(db.read(crate::ReadTxn::count).unwrap(), 0);
+    assert_eq!(db.write(|w| w.invalidate(&set([&a, &b, &c]))).unwrap(), 3);
+    assert_eq!(db.read(ReadTxn::count).unwrap(), 0);
     assert_eq!(db.check().unwrap(), []);
 }
