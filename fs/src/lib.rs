@@ -4,22 +4,23 @@
 //! knows the database, and nothing decides *whether* something may be deleted.
 
 pub mod canon;
+pub mod dump;
 pub mod entry;
 pub mod file_error;
 pub mod gc_lock;
 pub mod layout;
+pub mod links;
 pub mod lock_file;
 pub mod mounts;
 pub mod path_lock;
+pub mod pipe;
 pub mod remove;
 pub mod reserve;
+pub mod restore;
+pub mod sync;
 pub mod temp_roots;
 pub mod users;
 
 #[cfg(test)]
 mod testing;
-//! Store objects on disk.
 
-pub mod dump;
-pub mod pipe;
-pub mod restore;

@@ -17,8 +17,7 @@ use larder_fs::file_error::FileError;
 use larder_fs::gc_lock::GcLock;
 use larder_fs::lock_file::{Sharing, Wait};
 use larder_fs::remove::{OnFailure, remove_parallel};
-use larder_fs::temp_roots::{self, Stale};
-use larder_gc::roots::{self, Root};
+use larder_gc::roots::{self, Found, Root, RootKind, StaleLinks};
 use larder_store_db::graph::closure_of;
 use larder_store_db::{ReadTxn, Walk};
 use rustix::io::Errno;
@@ -44,6 +43,7 @@ pub struct Freed {
 }
 
 /// What keeps paths alive.
+#[derive(Default)]
 struct Kept {
     roots: HashSet<StorePath>,
     /// Whatever has one of these hash parts.
@@ -58,15 +58,17 @@ impl LocalStore {
         let walk = Walk { backward: true, outputs: self.options().keep_outputs, derivers: self.options().keep_derivations };
         let needed = self.read(|txn| Ok(Some(closure_of(txn, paths, walk)?)))?;
         let Some(needed) = needed else { return Ok(Vec::new()) };
-        let mut roots = self.roots(true)?;
+        let mut roots = self.roots()?.roots;
         roots.retain(|root| needed.node(&root.path).is_some());
         Ok(roots)
     }
 
     /// All roots: links, files, temporary ones, and what running programs use.
-    fn roots(&self, with_temporary: bool) -> Result<Vec<Root>, StoreError> {
-        let valid = |path: &StorePath| self.is_valid(path).unwrap_or(true);
-        Ok(roots::find(self.layout(), &roots::FindOptions { with_temporary, ..Default::default() }, &valid, self.reporter())?)
+    fn roots(&self) -> Result<Found, StoreError> {
+        let stale = if self.ledger().is_ok() { StaleLinks::Remove } else { StaleLinks::Keep };
+        let mut valid = |path: &StorePath| self.is_valid(path).map_err(Box::new);
+        let found = roots::find(self.layout(), stale, &mut valid, self.reporter());
+        found.map_err(|error| StoreError::Roots(Box::new(error)))
     }
 
     /// Deletes some paths, each only if nothing outside of `paths` needs it.
@@ -105,12 +107,23 @@ impl LocalStore {
         trash: &mut Vec<OsString>,
     ) -> Result<(), StoreError> {
         self.reporter().message(Level::Info, format_args!("finding garbage collector roots..."));
-        let mut kept = Kept { roots: HashSet::new(), hash_parts: HashSet::new() };
-        if !options.ignore_liveness {
-            kept.roots = self.roots(false)?.into_iter().map(|root| root.path).collect();
+        let found = if options.ignore_liveness {
+            roots::temporary(self.layout(), StaleLinks::Remove, self.reporter())?
+        } else {
+            self.roots()?
+        };
+        // The locks keep owners of old-style temporary roots out until all is decided and done.
+        let Found { roots, unreadable, legacy_locks: _held } = found;
+        if let Some(hidden) = unreadable.into_iter().next() {
+            return Err(StoreError::HiddenRoots(hidden));
         }
-        for root in temp_roots::read_all(self.layout(), Stale::Delete, self.reporter())?.roots {
-            kept.hash_parts.insert(root.path.hash_part());
+        let mut kept = Kept::default();
+        for root in roots {
+            if root.kind == RootKind::Temporary {
+                kept.hash_parts.insert(root.path.hash_part());
+            } else {
+                kept.roots.insert(root.path);
+            }
         }
         let listed: BTreeSet<&StorePath> = paths.iter().collect();
         let mut deleted = HashSet::new();

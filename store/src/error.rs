@@ -53,7 +53,9 @@ pub enum StoreError {
     #[error("hash mismatch importing path '{path}';\n  specified: {expected}\n  got:       {found}")]
     Mismatch { path: String, expected: Hash, found: Hash },
     #[error("cannot find out who else needs the paths, so nothing may be deleted")]
-    Roots(#[from] larder_gc::roots::RootsError),
+    Roots(#[source] Box<larder_gc::roots::RootsError<Box<StoreError>>>),
+    #[error("roots may be hidden from us, so nothing may be deleted")]
+    HiddenRoots(#[source] FileError),
     #[error(transparent)]
     Db(DbError),
     #[error(transparent)]

@@ -242,7 +242,7 @@ fn open_flat(source: &Path) -> Result<std::fs::File, StoreError> {
 
 /// Reads to the end, in pieces of up to 256 KiB.
 fn copy(file: &mut dyn Read, each: &mut dyn FnMut(&[u8]) -> Result<(), StoreError>) -> Result<(), StoreError> {
-    let mut block = vec![0; dump::BLOCK_BYTES];
+    let mut block = vec![0; larder_fs::pipe::BLOCK_BYTES];
     loop {
         match file.read(&mut block) {
             Ok(0) => return Ok(()),
@@ -401,7 +401,7 @@ fn take_flat(intake: &mut Intake<'_>, source: &Path, algorithm: Algorithm) -> Re
     let mut framing = Vec::new();
     encoder.push(Event::File { executable: false, size_bytes: left }, &mut framing);
     intake.push(&mut framing.as_slice())?;
-    let mut block = vec![0; dump::BLOCK_BYTES];
+    let mut block = vec![0; larder_fs::pipe::BLOCK_BYTES];
     while left > 0 {
         let most = usize::try_from(left).unwrap_or(usize::MAX).min(block.len());
         let n = file.read(block.get_mut(..most).unwrap_or_default()).map_err(StoreError::Input)?;

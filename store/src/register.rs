@@ -41,7 +41,7 @@ fn records(
     parser: &mut Parser<'_>,
     each: &mut dyn FnMut(registration::RecordRef<'_>) -> Result<(), StoreError>,
 ) -> Result<(), StoreError> {
-    let mut block = vec![0; larder_fs::dump::BLOCK_BYTES];
+    let mut block = vec![0; larder_fs::pipe::BLOCK_BYTES];
     loop {
         let n = match source.read(&mut block) {
             Ok(n) => n,

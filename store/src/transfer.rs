@@ -24,7 +24,7 @@ struct Blocks<R> {
 
 impl<R: Read> Blocks<R> {
     fn new(source: R) -> Self {
-        Self { source, block: vec![0; dump::BLOCK_BYTES].into(), start: 0, end: 0 }
+        Self { source, block: vec![0; larder_fs::pipe::BLOCK_BYTES].into(), start: 0, end: 0 }
     }
 
     /// What is there, at least one byte; the end of the source is an error.
