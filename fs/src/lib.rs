@@ -4,6 +4,7 @@
 //! knows the database, and nothing decides *whether* something may be deleted.
 
 pub mod canon;
+pub mod dump;
 pub mod entry;
 pub mod file_error;
 pub mod gc_lock;
@@ -11,8 +12,10 @@ pub mod layout;
 pub mod lock_file;
 pub mod mounts;
 pub mod path_lock;
+pub mod pipe;
 pub mod remove;
 pub mod reserve;
+pub mod restore;
 pub mod temp_roots;
 pub mod users;
 
