@@ -7,8 +7,8 @@
 //! not wait. Source: cli, rule 1.11.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,9 @@ use signal_hook::iterator::Signals;
 
 /// How long work may go on after a signal, unless it holds the end back.
 const GRACE: Duration = Duration::from_millis(250);
+
+/// How long the last words may take.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How often the state is looked at while the end is held back.
 const POLL: Duration = Duration::from_millis(10);
@@ -75,7 +78,15 @@ impl Interrupt {
                 }
             }
             if watched.claim_last_words() {
-                ended();
+                // Whoever reads standard error may have stopped to: then nothing is said.
+                let (said_tx, said) = mpsc::channel();
+                let saying = thread::Builder::new().name("last words".to_owned()).spawn(move || {
+                    ended();
+                    said_tx.send(())
+                });
+                if saying.is_ok() {
+                    let _ = said.recv_timeout(LAST_WORDS);
+                }
             }
             std::process::exit(1);
         })?;

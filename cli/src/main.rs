@@ -1,3 +1,5 @@
 //! One binary, many names.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    larder::main(std::env::args_os())
+}

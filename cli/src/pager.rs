@@ -72,6 +72,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_written_gets_to_the_pager() {
+        use std::io::Write as _;
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("seen");
+        let line = format!("(echo $LESS; cat) > '{}'", file.display());
+        let interrupt = Interrupt::default();
+        let (pager, mut stdin) = Pager::start(&Env::from_pairs([("PAGER", line.as_str())]), &interrupt).unwrap();
+        stdin.write_all(b"a\nb\n").unwrap();
+        drop(stdin);
+        pager.wait();
+        assert_eq!(std::fs::read_to_string(file).unwrap(), format!("{LESS}\na\nb\n"));
+        assert!(Pager::start(&Env::from_pairs([("PAGER", "")]), &interrupt).is_none());
+    }
+
+    #[test]
     fn the_environment_chooses() {
         let defaults = vec![Way::Program("pager"), Way::Program("less"), Way::Program("more")];
         for (env, wanted) in [

@@ -76,7 +76,11 @@ impl Terminal {
     /// Heeds the flags.
     pub fn configure(&self, common: &Common) {
         self.set_verbosity(common.verbosity());
-        self.json.store(common.log_format == LogFormat::InternalJson, Ordering::Relaxed);
+        self.set_format(common.log_format);
+    }
+
+    pub fn set_format(&self, format: LogFormat) {
+        self.json.store(format == LogFormat::InternalJson, Ordering::Relaxed);
     }
 
     pub fn set_verbosity(&self, level: Level) {

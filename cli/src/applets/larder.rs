@@ -1,0 +1,384 @@
+//! `larder`: the same store for people, with words instead of flags and JSON where output is data.
+
+mod links;
+
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use larder_core::report::Level;
+
+use super::nar::{dump_options, dump_to, restore_from, restore_options};
+use super::{Context, print};
+use crate::args::{LogFormat, Override, OverrideFrom};
+use crate::exit::{Failure, Status};
+use crate::printer::{Output, Printer};
+
+/// The Nix store, written anew
+#[derive(Debug, Parser)]
+#[command(
+    name = "larder",
+    version,
+    disable_help_subcommand = true,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = "`larder nix-store ...` and `larder nix-hash ...` are the commands of Nix with the same names;\n\
+                  `larder links DIR` makes links by which they can be called directly."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "For all commands")]
+pub struct Global {
+    /// Store to open: auto, local, /DIR, local?root=DIR
+    #[arg(long, global = true, value_name = "URI")]
+    pub store: Option<String>,
+    /// Set a setting, as in nix.conf
+    #[arg(long, global = true, num_args = 2, value_names = ["NAME", "VALUE"], action = ArgAction::Append)]
+    pub option: Vec<String>,
+    /// Say more (repeatable)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Say less (repeatable)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub quiet: u8,
+    /// Write messages as raw text or as JSON
+    #[arg(long, global = true, value_name = "FORMAT", value_parser = log_format, hide = true)]
+    pub log_format: Option<LogFormat>,
+}
+
+fn log_format(text: &str) -> Result<LogFormat, crate::args::LogFormatError> {
+    text.parse()
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Copy files or trees into the store and print their paths
+    Add(Add),
+    /// Tell what the store knows of paths
+    PathInfo(PathInfo),
+    /// List everything that paths need
+    Closure(Closure),
+    /// Write the NAR of a file or tree
+    Dump(Dump),
+    /// Unpack a NAR
+    Restore(Restore),
+    /// Check the database, and the contents of paths
+    Verify(Verify),
+    /// Tell what takes the space: the size of closures, and what only they need
+    Du(Du),
+    /// Make links by the names of the commands of Nix
+    Links(Links),
+    /// Take over the store of a Nix installation, from its own records
+    Adopt(Adopt),
+    /// Print a script that completes words in a shell
+    Completions(Completions),
+    /// Print the manual page, or write all pages
+    Man(Man),
+}
+
+#[derive(Debug, Args)]
+pub struct Json {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Add {
+    /// Files and directories to copy
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Name in the store, instead of the last part of FILE
+    #[arg(long)]
+    pub name: Option<String>,
+    /// What is hashed: the NAR, or the contents of a file
+    #[arg(long, value_enum, default_value_t)]
+    pub mode: AddMode,
+    /// Hash algorithm: md5, sha1, sha256 or sha512
+    #[arg(long, value_name = "ALGO", default_value = "sha256")]
+    pub hash: String,
+    /// Also make this link, which keeps the path from being collected
+    #[arg(long, value_name = "LINK")]
+    pub root: Option<PathBuf>,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum AddMode {
+    #[default]
+    Nar,
+    Flat,
+}
+
+#[derive(Debug, Args)]
+pub struct PathInfo {
+    /// Paths in the store, or links to them
+    #[arg(required_unless_present = "all", value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// Every valid path
+    #[arg(long, conflicts_with = "paths")]
+    pub all: bool,
+    /// Also everything they need
+    #[arg(short, long)]
+    pub recursive: bool,
+    /// Also the size of the closure
+    #[arg(short = 'S', long)]
+    pub closure_size: bool,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Debug, Args)]
+pub struct Closure {
+    /// Paths in the store, or links to them
+    #[arg(required = true, value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// How to print it
+    #[arg(short, long, value_enum, default_value_t)]
+    pub format: ClosureFormat,
+    /// What needs the paths, instead of what they need
+    #[arg(long)]
+    pub referrers: bool,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ClosureFormat {
+    /// One path a line, dependencies first
+    #[default]
+    List,
+    Tree,
+    /// For Graphviz
+    Dot,
+    Graphml,
+}
+
+#[derive(Debug, Args)]
+pub struct Dump {
+    /// File or directory to dump
+    pub path: PathBuf,
+    /// File to write, instead of standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// What to make; must not exist
+    pub path: PathBuf,
+    /// File to read, instead of standard input
+    #[arg(short, long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Paths to check; all if there are none
+    #[arg(value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// Also read and hash the contents
+    #[arg(short, long)]
+    pub contents: bool,
+    /// Mend what is found
+    #[arg(long)]
+    pub repair: bool,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Debug, Args)]
+pub struct Du {
+    /// Paths to measure; all roots if there are none
+    #[arg(value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// Print only the N largest
+    #[arg(short = 'n', long, value_name = "N")]
+    pub largest: Option<usize>,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Debug, Args)]
+pub struct Links {
+    /// Directory for the links; made if missing
+    pub dir: PathBuf,
+    /// Replace what is there by these names
+    #[arg(short, long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Adopt {
+    /// Records to read, as written by `nix-store --dump-db`, instead of asking the nix-store in PATH
+    #[arg(long, value_name = "FILE")]
+    pub from: Option<PathBuf>,
+    /// Only tell what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// Shell to complete in
+    pub shell: Shell,
+}
+
+#[derive(Debug, Args)]
+pub struct Man {
+    /// Write larder.1 and a page for each command into this directory
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+/// Why one of the commands here failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LarderError {
+    #[error("cannot write manual pages to '{}'", dir.display())]
+    Man { dir: PathBuf, source: io::Error },
+    #[error("cannot write the manual page")]
+    ManPage(#[source] io::Error),
+    #[error("this build of Larder cannot do that yet: it has no store")]
+    NoStore,
+}
+
+impl Global {
+    /// The settings that the flags stand for.
+    fn overrides(&self) -> Vec<Override> {
+        let options = self.option.chunks_exact(2).filter_map(|pair| match pair {
+            [name, value] => Some(Override { name: name.clone(), value: value.clone(), from: OverrideFrom::Option }),
+            _ => None,
+        });
+        let store = self.store.iter().map(|uri| Override {
+            name: "store".to_owned(),
+            value: uri.clone(),
+            from: OverrideFrom::Flag,
+        });
+        options.chain(store).collect()
+    }
+
+    /// The last level that is shown.
+    fn verbosity(&self) -> Level {
+        const LEVELS: [Level; 8] = [
+            Level::Error,
+            Level::Warn,
+            Level::Notice,
+            Level::Info,
+            Level::Talkative,
+            Level::Chatty,
+            Level::Debug,
+            Level::Vomit,
+        ];
+        let at = (3 + usize::from(self.verbose)).saturating_sub(usize::from(self.quiet));
+        LEVELS.get(at).copied().unwrap_or(Level::Vomit)
+    }
+}
+
+/// Runs `larder`.
+pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure> {
+    let words = std::iter::once(OsString::from("larder")).chain(words);
+    let cli = match Cli::try_parse_from(words) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Prints help and version to standard output, all else to standard error.
+            drop(error.print());
+            return Ok(if error.use_stderr() { Status::FAILURE } else { Status::SUCCESS });
+        }
+    };
+    cx.terminal.set_verbosity(cli.global.verbosity());
+    cx.terminal.set_format(cli.global.log_format.unwrap_or_default());
+    let settings = cx.settings(&cli.global.overrides())?;
+    match cli.command {
+        Command::Links(links) => {
+            let made = links::make(&links.dir, links.force)?;
+            let mut out = Printer::new(Output::Listing);
+            for (link, target) in made {
+                out.line(format_args!("{} -> {}", link.display(), target.display()))?;
+            }
+            out.finish()?;
+        }
+        Command::Completions(completions) => {
+            let mut text = Vec::new();
+            clap_complete::generate(completions.shell, &mut Cli::command(), "larder", &mut text);
+            let mut out = Printer::new(Output::Listing);
+            out.bytes(&text)?;
+            out.finish()?;
+        }
+        Command::Man(man) => write_man(&man)?,
+        Command::Dump(args) => {
+            dump_to(args.path.as_os_str(), &dump_options(&settings), args.output.as_deref(), &cx.interrupt)?;
+        }
+        Command::Restore(args) => {
+            restore_from(args.path.as_os_str(), restore_options(&settings), args.input.as_deref(), &cx.interrupt)?;
+        }
+        _ => return Err(LarderError::NoStore.into()),
+    }
+    Ok(Status::SUCCESS)
+}
+
+fn write_man(man: &Man) -> Result<(), Failure> {
+    let command = Cli::command();
+    if let Some(dir) = &man.dir {
+        let failed = |source| LarderError::Man { dir: dir.clone(), source };
+        std::fs::create_dir_all(dir).map_err(failed)?;
+        clap_mangen::generate_to(command, dir).map_err(failed)?;
+    } else {
+        let mut text = Vec::new();
+        clap_mangen::Man::new(command).render(&mut text).map_err(LarderError::ManPage)?;
+        print(&String::from_utf8_lossy(&text))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::applets::APPLETS;
+
+    #[test]
+    fn definitions_are_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_help_fits_a_screen() {
+        let mut command = Cli::command().term_width(80);
+        command.build();
+        let mut texts = vec![("larder".to_owned(), command.render_help())];
+        for sub in command.get_subcommands_mut() {
+            texts.push((sub.get_name().to_owned(), sub.render_help()));
+        }
+        for (name, text) in texts {
+            let text = text.to_string();
+            assert!(text.lines().count() <= 40, "{name} has {} lines", text.lines().count());
+            assert!(APPLETS.iter().all(|applet| name != applet.name), "{name} is an applet already");
+            for line in text.lines() {
+                assert!(line.chars().count() <= 100, "{name}: {line}");
+            }
+        }
+    }
+
+    #[test]
+    fn words() {
+        let cli = Cli::try_parse_from(["larder", "-vv", "path-info", "--all", "--option", "cores", "2", "--json"]);
+        let cli = cli.unwrap();
+        assert_eq!(cli.global.option, ["cores", "2"]);
+        assert_eq!(cli.global.verbosity(), Level::Chatty);
+        assert!(matches!(cli.command, Command::PathInfo(PathInfo { all: true, json: Json { json: true }, .. })));
+        for words in [&["larder"][..], &["larder", "path-info"], &["larder", "add"], &["larder", "zork"]] {
+            Cli::try_parse_from(words).unwrap_err();
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The applets: what the binary is, by the name it is called by.
+//!
+//! A new applet is one row in [`APPLETS`]; `larder links` then makes a link for it.
+
+pub mod larder;
+mod nar;
+pub mod nix_hash;
+pub mod nix_store;
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::sync::Arc;
+
+use larder_core::report::{Level, Reporter as _};
+use larder_core::settings::{Configured, Settings};
+
+use crate::args::Override;
+use crate::conf::{Env, load, machine};
+use crate::exit::{Failure, Status, chain};
+use crate::interrupt::{Interrupt, Interrupted};
+use crate::printer::{Output, PrintError, Printer};
+use crate::terminal::Terminal;
+
+/// The version of Nix whose behaviour is followed where versions differ.
+pub const NIX_VERSION: &str = "2.26.3";
+
+/// A tool of Nix that this binary stands for.
+#[derive(Debug)]
+pub struct Applet {
+    pub name: &'static str,
+    /// What it is for, in a few words.
+    pub about: &'static str,
+    run: fn(&Context, Vec<OsString>) -> Result<Status, Failure>,
+}
+
+pub const APPLETS: &[Applet] = &[
+    Applet { name: "nix-store", about: "manipulate or query the Nix store", run: nix_store::run },
+    Applet { name: "nix-hash", about: "compute the cryptographic hash of a path", run: nix_hash::run },
+];
+
+const LARDER: Applet = Applet { name: "larder", about: "the Nix store, written anew", run: larder::run };
+
+/// What an applet is given besides its words.
+#[derive(Debug)]
+pub struct Context {
+    /// The applet's own name, for its messages.
+    pub name: &'static str,
+    pub env: Env,
+    pub terminal: Arc<Terminal>,
+    pub interrupt: Interrupt,
+}
+
+impl Context {
+    /// Settings from files, the environment and flags; warns of what is odd about them.
+    fn settings(&self, overrides: &[Override]) -> Result<Settings, Failure> {
+        let Configured { settings, warnings, .. } = load(&self.env, overrides, machine(&self.env)?)?;
+        for warning in warnings {
+            self.terminal.message(Level::Warn, format_args!("{}", chain(&warning)));
+        }
+        Ok(settings)
+    }
+}
+
+/// The applet for a name with or without a directory; any unknown name is `larder`.
+fn by_name(called: &OsStr) -> &'static Applet {
+    let base = Path::new(called).file_name().unwrap_or(called);
+    APPLETS.iter().find(|applet| base == applet.name).unwrap_or(&LARDER)
+}
+
+/// The applet that is meant, and its words: `larder nix-store ...` is `nix-store ...`, so that
+/// no links are needed.
+fn pick(called: &OsStr, mut words: Vec<OsString>) -> (&'static Applet, Vec<OsString>) {
+    let applet = by_name(called);
+    if applet.name == LARDER.name
+        && let Some(inner) = words.first().and_then(|word| APPLETS.iter().find(|inner| word == inner.name))
+    {
+        words.remove(0);
+        return (inner, words);
+    }
+    (applet, words)
+}
+
+/// Runs the applet, tells of its failure, and gives the exit status.
+pub fn run(called: &OsStr, words: Vec<OsString>) -> Status {
+    let (applet, words) = pick(called, words);
+    let terminal = Arc::new(Terminal::new());
+    let last_words = Arc::clone(&terminal);
+    // Without the watcher a signal ends the process just as well, with less to say.
+    let interrupt = Interrupt::watch(move || last_words.error(&Interrupted)).unwrap_or_default();
+    let cx = Context { name: applet.name, env: Env::of_process(), terminal, interrupt };
+    match (applet.run)(&cx, words) {
+        Ok(status) => status,
+        Err(failure) => {
+            if !failure.is_interrupt() || cx.interrupt.claim_last_words() {
+                cx.terminal.failure(applet.name, &failure);
+            }
+            failure.status()
+        }
+    }
+}
+
+/// Prints a text to standard output.
+fn print(text: &str) -> Result<(), PrintError> {
+    let mut printer = Printer::new(Output::Listing);
+    printer.bytes(text.as_bytes())?;
+    printer.finish()
+}
+
+/// What `--version` prints: which Nix it can stand for, and what it is.
+fn version(name: &str) -> String {
+    format!("{name} (Nix) {NIX_VERSION}\nlarder {}\n", env!("CARGO_PKG_VERSION"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_picks_the_applet() {
+        for (called, words, name, left) in [
+            ("nix-store", "-q x", "nix-store", "-q x"),
+            ("/usr/bin/nix-hash", "f", "nix-hash", "f"),
+            ("larder", "nix-store -q x", "nix-store", "-q x"),
+            ("larder", "add nix-store", "larder", "add nix-store"),
+            ("larder-0.1", "nix-hash f", "nix-hash", "f"),
+            ("nix-store", "nix-hash f", "nix-store", "nix-hash f"),
+            ("", "", "larder", ""),
+        ] {
+            let split = |words: &str| words.split(' ').filter(|w| !w.is_empty()).map(OsString::from).collect();
+            let (applet, found) = pick(OsStr::new(called), split(words));
+            let left: Vec<OsString> = split(left);
+            assert_eq!((applet.name, found), (name, left), "{called} {words}");
+        }
+    }
+
+    #[test]
+    fn help_fits_a_terminal() {
+        for text in [nix_store::HELP, nix_hash::HELP] {
+            for line in text.lines() {
+                assert!(line.chars().count() <= 80, "{line}");
+                assert_eq!(line.trim_end(), line);
+            }
+        }
+    }
+}

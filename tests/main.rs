@@ -1,0 +1,14 @@
+//! Whole-program tests: the binary as people and scripts see it.
+//!
+//! They show that things are wired up; what a function does is tested beside it. `interop` runs the
+//! same words through a real Nix where one is installed.
+
+#![allow(unreachable_pub, reason = "modules of one test binary")]
+#![allow(clippy::print_stdout, reason = "tests say what they skip")]
+
+mod hashes;
+mod house;
+mod interop;
+mod people;
+mod process;
+mod without_store;
