@@ -135,7 +135,7 @@ fn registration(c: &mut Criterion) {
             for piece in text.chunks(1 << 16) {
                 parser.push(piece);
                 while let Some(record) = parser.next_record().expect("fine text") {
-                    count += record.references().map(|r| r.name.len()).sum::<usize>();
+                    count += record.references().map(|r| r.name().len()).sum::<usize>();
                 }
             }
             parser.finish().expect("whole");

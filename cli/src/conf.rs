@@ -39,6 +39,10 @@ impl Env {
         Self { variables, is_root: false }
     }
 
+    pub const fn is_root(&self) -> bool {
+        self.is_root
+    }
+
     pub fn get(&self, name: &str) -> Option<&OsStr> {
         self.variables.get(OsStr::new(name)).map(OsString::as_os_str)
     }

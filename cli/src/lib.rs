@@ -13,6 +13,7 @@ pub mod exit;
 pub mod graphs;
 pub mod interrupt;
 pub mod pager;
+pub mod paths;
 pub mod printer;
 pub mod terminal;
 

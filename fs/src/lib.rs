@@ -23,4 +23,3 @@ pub mod users;
 
 #[cfg(test)]
 mod testing;
-

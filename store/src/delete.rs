@@ -55,7 +55,8 @@ impl LocalStore {
     ///
     /// The settings `keep-outputs` and `keep-derivations` count.
     pub fn roots_of(&self, paths: &[StorePath]) -> Result<Vec<Root>, StoreError> {
-        let walk = Walk { backward: true, outputs: self.options().keep_outputs, derivers: self.options().keep_derivations };
+        let walk =
+            Walk { backward: true, outputs: self.options().keep_outputs, derivers: self.options().keep_derivations };
         let needed = self.read(|txn| Ok(Some(closure_of(txn, paths, walk)?)))?;
         let Some(needed) = needed else { return Ok(Vec::new()) };
         let mut roots = self.roots()?.roots;

@@ -4,6 +4,8 @@
 //! [`args::nix_store`](crate::args::nix_store).
 
 mod keys;
+mod query;
+pub(super) mod store;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal as _, Read as _};
@@ -15,6 +17,9 @@ use larder_core::report::Level;
 use larder_core::settings::Settings;
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::{Name, StorePath};
+
+use larder_fs::layout::Access;
+use store::StoreOpError;
 
 use super::nar::{dump_options, dump_to, restore_from, restore_options};
 use super::{Context, print, version};
@@ -79,8 +84,6 @@ pub enum NixStoreError {
     Stdin(#[source] io::Error),
     #[error("more than {MAX_STDIN_BYTES} bytes of arguments on standard input")]
     TooMuchStdin,
-    #[error("this build of Larder cannot do that yet: it has no store")]
-    NoStore,
 }
 
 /// Runs `nix-store`.
@@ -108,7 +111,32 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         }
         Command::Dump { path } => dump_to(&path, &dump_options(&settings), None, &cx.interrupt)?,
         Command::Restore { path } => restore_from(&path, restore_options(&settings), None, &cx.interrupt)?,
-        _ => return Err(NixStoreError::NoStore.into()),
+        Command::Init => drop(store::open(cx, &settings, Access::ReadWrite)?),
+        Command::Query(query) => query::run(cx, &settings, &query)?,
+        Command::Add { files } => store::add(cx, &settings, &files, Method::Recursive, Algorithm::Sha256)?,
+        Command::AddFixed { method, algorithm, files } => store::add(cx, &settings, &files, method, algorithm)?,
+        Command::Export { paths } => store::export(cx, &settings, &paths)?,
+        Command::Import => store::import(cx, &settings)?,
+        Command::Verify { check_contents, repair } => return store::verify(cx, &settings, check_contents, repair),
+        Command::VerifyPath { paths } => return store::verify_path(cx, &settings, &paths),
+        Command::CheckValidity { print_invalid, paths } => {
+            store::check_validity(cx, &settings, print_invalid, &paths)?;
+        }
+        Command::DumpDb { paths } => store::dump_db(cx, &settings, &paths)?,
+        Command::LoadDb => store::load_db(cx, &settings)?,
+        Command::RegisterValidity { reregister, hash_given } => {
+            store::register_validity(cx, &settings, reregister, hash_given)?;
+        }
+        Command::Delete { ignore_liveness, paths } => store::delete(cx, &settings, ignore_liveness, &paths)?,
+        Command::PrintEnv { derivation } => store::print_env(cx, &settings, &derivation)?,
+        Command::QueryFailedPaths => store::query_failed_paths(cx, &settings)?,
+        Command::ClearFailedPaths { paths } => store::clear_failed_paths(cx, &settings, &paths)?,
+        Command::Realise(_) => return Err(StoreOpError::NotYet { what: "cannot build or substitute" }.into()),
+        Command::Gc { .. } => return Err(StoreOpError::NotYet { what: "cannot collect garbage" }.into()),
+        Command::Optimise => return Err(StoreOpError::NotYet { what: "cannot link duplicates" }.into()),
+        Command::RepairPath { .. } => return Err(StoreOpError::NotYet { what: "cannot repair paths" }.into()),
+        Command::ReadLog { .. } => return Err(StoreOpError::NotYet { what: "cannot read build logs" }.into()),
+        Command::Serve { .. } => return Err(StoreOpError::NotYet { what: "cannot serve the store" }.into()),
     }
     Ok(Status::SUCCESS)
 }

@@ -31,7 +31,7 @@ use crate::terminal::Terminal;
 /// Why an operation on the store cannot be done.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum StoreOpError {
+pub(in crate::applets) enum StoreOpError {
     #[error("cannot open Nix store '{uri}': this build of Larder speaks to local stores only")]
     NotLocal { uri: String },
     #[error("path '{path}' does not exist")]
@@ -184,12 +184,7 @@ pub(super) fn import(cx: &Context, settings: &Settings) -> Result<(), Failure> {
     Ok(out.finish()?)
 }
 
-pub(super) fn verify(
-    cx: &Context,
-    settings: &Settings,
-    check_contents: bool,
-    repair: bool,
-) -> Result<Status, Failure> {
+pub(super) fn verify(cx: &Context, settings: &Settings, check_contents: bool, repair: bool) -> Result<Status, Failure> {
     let store = open(cx, settings, Access::ReadWrite)?;
     let verified = store.verify(VerifyOptions { check_contents, repair })?;
     if verified.errors > 0 {
