@@ -105,7 +105,7 @@ fn registration(c: &mut Criterion) {
     let dir = StoreDir::new("/nix/store").expect("a fine directory");
     let names: Vec<String> = (0..1000).map(|n| format!("some-package-{}.{n}", n % 7)).collect();
     let paths: Vec<PathRef<'_>> =
-        (0..100_000).map(|n| PathRef { hash_part: bits.part(), name: &names[n % names.len()] }).collect();
+        (0..100_000).map(|n| PathRef::trusted(bits.part(), &names[n % names.len()])).collect();
     let references: Vec<Vec<PathRef<'_>>> = (0..paths.len())
         .map(|_| (0..6 + usize::from(bits.below(10) < 9)).map(|_| paths[bits.below(paths.len())]).collect())
         .collect();
