@@ -315,7 +315,9 @@ mod tests {
                     assert!(free, "two inside");
                 }
                 std::thread::yield_now();
-                chosen.iter().for_each(|n| witnesses[*n].unlock().unwrap());
+                for n in &chosen {
+                    witnesses[*n].unlock().unwrap();
+                }
                 if random >> 50 & 1 == 1 {
                     locks.on_release(OnRelease::Delete);
                 }
@@ -324,7 +326,9 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        NAMES.iter().for_each(|n| fs::create_dir(dir.path().join(n)).unwrap());
+        for name in NAMES {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
         let start = |seed: usize| {
             let argument = format!("{} {seed}", dir.path().display());
             child("path_lock::tests::processes_exclude_each_other", &argument, "")
@@ -343,7 +347,9 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(5));
             }
         }
-        lasting.into_iter().for_each(|process| drop(crate::testing::finish(process)));
+        for process in lasting {
+            crate::testing::finish(process);
+        }
     }
 
     /// A real Nix waits for our lock, and we for its.

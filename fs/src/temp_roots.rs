@@ -30,7 +30,7 @@ const RETRY: Duration = Duration::from_millis(100);
 
 /// After this time without an answer the path is told again, on a new connection. An answer may
 /// rightly take long: the collector deletes that very path first.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+const ANSWER_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Paths sent before their answers are read; few enough for any socket buffer.
 const PATHS_AT_ONCE: usize = 64;
@@ -185,14 +185,13 @@ impl State {
 
     /// Tells the collector all paths; `false` if it answered nonsense.
     fn tell(&mut self, layout: &Layout, text: &[u8], timeout: Duration) -> io::Result<bool> {
-        let stream = match self.connection.take() {
-            Some(stream) => self.connection.insert(stream),
-            None => {
-                let stream = connect(&layout.gc_socket())?;
-                stream.set_read_timeout(Some(timeout))?;
-                stream.set_write_timeout(Some(timeout))?;
-                self.connection.insert(stream)
-            }
+        let stream = if let Some(stream) = self.connection.take() {
+            self.connection.insert(stream)
+        } else {
+            let stream = connect(&layout.gc_socket())?;
+            stream.set_read_timeout(Some(timeout))?;
+            stream.set_write_timeout(Some(timeout))?;
+            self.connection.insert(stream)
         };
         let paths: Vec<&[u8]> = text.split_inclusive(|b| *b == 0).collect();
         for some in paths.chunks(PATHS_AT_ONCE) {
@@ -615,7 +614,7 @@ mod tests {
             let roots = TempRoots::new(layout(Path::new(&dir)));
             roots.add(&path(5)).unwrap();
             println!("ready");
-            std::thread::sleep(Duration::from_secs(60));
+            std::thread::sleep(Duration::from_mins(1));
             return;
         }
         let (dir, layout) = prepared();

@@ -328,7 +328,7 @@ mod tests {
                 .map(|n| {
                     let (layout, roots, link) = (&layout, &roots, &link);
                     scope.spawn(move || {
-                        (0..100).for_each(|_| drop(add_permanent(layout, roots, &path(n), link).unwrap()))
+                        (0..100).for_each(|_| drop(add_permanent(layout, roots, &path(n), link).unwrap()));
                     })
                 })
                 .collect();

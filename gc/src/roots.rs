@@ -170,8 +170,8 @@ pub fn persistent<E: std::error::Error + 'static>(
     reporter: &dyn Reporter,
 ) -> Result<Found, RootsError<E>> {
     let mut scan = Scan { layout, auto: layout.auto_roots(), stale_links, is_valid, reporter, found: Found::default() };
-    scan.tree(layout.gc_roots())?;
-    scan.tree(layout.profiles())?;
+    scan.tree(&layout.gc_roots())?;
+    scan.tree(&layout.profiles())?;
     scan.found.sort();
     Ok(scan.found)
 }
@@ -216,18 +216,18 @@ struct Here<'a> {
 impl<E: std::error::Error + 'static> Scan<'_, E> {
     /// A directory and all below it. It may itself be a symlink to one: then somebody has moved
     /// the roots to another disk, and they are no less roots.
-    fn tree(&mut self, top: PathBuf) -> Result<(), RootsError<E>> {
+    fn tree(&mut self, top: &Path) -> Result<(), RootsError<E>> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let base = match rustix::fs::openat(CWD, &top, flags, Mode::empty()) {
+        let base = match rustix::fs::openat(CWD, top, flags, Mode::empty()) {
             Ok(base) => base,
             Err(e) => {
-                self.unreadable("opening directory", &top, e);
+                self.unreadable("opening directory", top, e);
                 return Ok(());
             }
         };
         let mut todo = vec![PathBuf::new()];
         while let Some(below) = todo.pop() {
-            let path = if below.as_os_str().is_empty() { top.clone() } else { top.join(&below) };
+            let path = if below.as_os_str().is_empty() { top.to_owned() } else { top.join(&below) };
             match open_below(&base, &below) {
                 Ok(fd) => self.directory(&fd, &path, &below, &mut todo)?,
                 // No directory any more, or a symlink on the way to it now.

@@ -153,10 +153,10 @@ impl<'a> Uses<'a> {
     fn failed(&mut self, doing: &'static str, name: &str, e: Errno) {
         match e {
             // Gone, closed to us, a kernel thread, or no such file in this kernel.
-            Errno::NOENT | Errno::NOTDIR | Errno::SRCH | Errno::ACCESS | Errno::PERM | Errno::INVAL => {}
+            Errno::NOENT | Errno::NOTDIR | Errno::SRCH | Errno::ACCESS | Errno::PERM | Errno::INVAL
             // The path of what is open is too long to be told. Anybody can do that at any time, so it
             // must not stop a collection (it does stop that of Nix 2.8).
-            Errno::NAMETOOLONG => {}
+            | Errno::NAMETOOLONG => {}
             _ => self.failures.push(FileError::new(doing, self.dir.join(name), e)),
         }
     }

@@ -95,8 +95,8 @@ impl RealNix {
     /// `None`, with a note, if there is none.
     pub(crate) fn find(test: &str, layout: &Layout) -> Option<Self> {
         let real = Command::new("nix-store").arg("--version").stderr(Stdio::null()).output();
-        let text = real.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-        if !text.starts_with("nix-store (Nix)") {
+        let version = real.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        if !version.starts_with("nix-store (Nix)") {
             println!("{test}: skipped, no Nix is installed");
             return None;
         }
