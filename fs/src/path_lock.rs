@@ -237,7 +237,9 @@ mod tests {
             };
             let wait = Wait::Yes(&mut waiting);
             let locks = PathLocks::acquire(paths(dir.path(), &["a", "b"]), &HeldLocks::default(), wait);
-            assert_eq!(locks.unwrap().unwrap().files.len(), 2);
+            let locks = locks.unwrap().unwrap();
+            assert_eq!(locks.files.len(), 2);
+            assert!(try_lock(dir.path(), &["a"]).is_none(), "what is locked is the file that others find");
         });
         assert_eq!(told, paths(dir.path(), &["a"]));
     }
@@ -314,7 +316,7 @@ mod tests {
                     });
                     assert!(free, "two inside");
                 }
-                std::thread::yield_now();
+                std::thread::sleep(Duration::from_micros(random >> 52));
                 for n in &chosen {
                     witnesses[*n].unlock().unwrap();
                 }

@@ -520,6 +520,30 @@ mod tests {
         );
     }
 
+    /// A collector may lock and delete a file that is made, but not locked yet.
+    #[test]
+    fn new_files_and_collectors() {
+        let (_dir, layout) = prepared();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                        live(&layout);
+                    }
+                });
+            }
+            let mut lost = 0;
+            for n in 0..2000 {
+                let roots = TempRoots::new(layout.clone());
+                roots.add(&path(n)).unwrap();
+                lost += u32::from(!roots.file().unwrap().exists());
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(lost, 0, "files that nobody can see");
+        });
+    }
+
     /// While a collector runs, roots go through its socket; here it hangs up at times, answers
     /// rubbish, and ends in the middle.
     #[test]
