@@ -1,6 +1,9 @@
 //! Figures of the ledger at a given size: `db_scale DIR COUNT STEP`, one STEP a process, so that
 //! CPU time and memory are those of the step (`/usr/bin/time`). Steps: load, merge, dump, closure,
-//! lookups, referrers, graph, check, scan.
+//! lookups, singles, one, commits, referrers,
+//! graph, check, scan.
+
+#![expect(clippy::print_stderr, reason = "the figures; standard output has the dump")]
 
 use std::path::Path;
 use std::time::Instant;
@@ -59,6 +62,25 @@ fn main() {
                 sum += db.read(|r| r.info(&path)).expect("info").expect("valid").nar_size_bytes;
             }
             format!("{sum}")
+        }
+        "one" => {
+            let info = db.read(|r| r.info(&synthetic.path(count / 2))).expect("info").expect("valid");
+            format!("{}", info.nar_hash)
+        }
+        // Commits of one path each on an open ledger, and their removal.
+        "commits" => {
+            let mut times = Vec::new();
+            for n in 0..200 {
+                let mut batch = Batch::new();
+                synthetic.push(&mut batch, count * 2 + n);
+                let start = Instant::now();
+                db.register(batch).expect("register");
+                times.push(start.elapsed());
+            }
+            let extra = (0..200).map(|n| synthetic.path(count * 2 + n)).collect();
+            db.write(|w| w.invalidate(&extra)).expect("invalidate");
+            times.sort();
+            format!("median {:?}, slowest {:?}", times.get(100), times.last())
         }
         "referrers" => {
             let referrers = db.read(|r| r.referrers(&synthetic.path(0))).expect("referrers").expect("valid");

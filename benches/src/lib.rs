@@ -37,12 +37,14 @@ impl Synthetic {
             digest.as_bytes().get(k * 4..k * 4 + 4).map_or(0, |b| b.iter().fold(0, |a, b| a << 8 | u32::from(*b)))
         };
         let mut all: Vec<u32> = Vec::new();
-        if n > 0 {
+        // Paths beyond the count come on top of a store that holds all the others.
+        let below = if n < self.count { n } else { self.count };
+        if below > 0 {
             if n % 4 == 1 {
                 all.push(0);
             }
-            all.push(n - 1);
-            all.extend((0..5).map(|k| random(k) % n));
+            all.push(below - 1);
+            all.extend((0..5).map(|k| random(k) % below));
         }
         if n.is_multiple_of(2) {
             all.push(n);

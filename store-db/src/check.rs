@@ -278,4 +278,10 @@ impl StoreDb {
     pub fn check(&self) -> Result<Vec<Finding>, DbError> {
         self.read(ReadTxn::check)
     }
+
+    /// [`WriteTxn::repair`] in a transaction of its own.
+    #[expect(clippy::redundant_closure_for_method_calls, reason = "the method is for one lifetime only")]
+    pub fn repair(&self) -> Result<Vec<Finding>, DbError> {
+        self.write(|w| w.repair())
+    }
 }

@@ -14,6 +14,7 @@ pub mod graph;
 pub mod open;
 pub mod query;
 pub mod record;
+mod regions;
 mod tables;
 pub mod txn;
 

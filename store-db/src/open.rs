@@ -18,10 +18,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
 
+use redb::backends::FileBackend;
 use redb::{ConcurrencyMode, Database, DatabaseError, ReadOnlyDatabase, ReadableDatabase as _, StorageError};
 
 use crate::error::DbError;
 use crate::query::ReadTxn;
+use crate::regions::SmallRegions;
 use crate::tables;
 use crate::txn::WriteTxn;
 
@@ -154,7 +156,10 @@ impl StoreDb {
             writing: Mutex::default(),
         };
         if disk.is_empty() {
-            make_tables(&*db.writer()?, SCHEMA.version)?;
+            let new = db.builder().create_with_backend(SmallRegions(disk.handle()));
+            let new = new.map_err(|error| db.database(error))?;
+            make_tables(&new, SCHEMA.version)?;
+            new.close().map_err(|error| db.database(error))?;
         }
         drop(db.writer()?);
         Ok(db)
@@ -245,6 +250,10 @@ impl StoreDb {
     }
 
     fn snapshot(&self) -> Result<redb::ReadTransaction, DbError> {
+        #[cfg(test)]
+        if self.disk.is_some() {
+            return Ok(self.writer()?.begin_read()?);
+        }
         let writer = lock(&self.writer).clone();
         match writer {
             Some(db) => Ok(db.begin_read()?),
@@ -360,8 +369,10 @@ impl StoreDb {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(new_io("remove")(error)),
             _ => {}
         }
-        FileOptions::new().write(true).create_new(true).mode(0o644).open(&new).map_err(new_io("create"))?;
-        let db = self.builder().create(&new).map_err(|error| self.database(error))?;
+        let mut options = FileOptions::new();
+        let file = options.read(true).write(true).create_new(true).mode(0o644).open(&new).map_err(new_io("create"))?;
+        let file = FileBackend::new(file).map_err(|error| self.database(error))?;
+        let db = self.builder().create_with_backend(SmallRegions(file)).map_err(|error| self.database(error))?;
         make_tables(&db, self.schema.version)?;
         db.close().map_err(|error| self.database(error))?;
         fs::rename(&new, &self.path).map_err(new_io("rename"))?;

@@ -52,13 +52,15 @@ fn crowd(from: u8, count: u8) -> Vec<PathInfo> {
     (from..from + count).map(|n| info(&name(n), &[&name(n), &name(n - (n - from).min(5)), &name(from)])).collect()
 }
 
+type Change<'a> = dyn Fn(&StoreDb) -> Result<(), DbError> + 'a;
+
 /// Changes of every kind, with the contents after each.
 fn record_changes(disk: &Disk) -> Vec<Contents> {
     let mut db = StoreDb::on_disk(disk).unwrap();
     let mut after = vec![contents(&db).unwrap()];
     let (a, b, c) = (path(1, "a"), path(2, "b"), path(3, "c.drv"));
     let many: BTreeSet<StorePath> = crowd(100, 60).into_iter().map(|info| info.path).collect();
-    let changes: Vec<Box<dyn Fn(&StoreDb) -> Result<(), DbError>>> = vec![
+    let changes: Vec<Box<Change<'_>>> = vec![
         Box::new(|db| db.register(batch(&[info(&path(1, "a"), &[])]))),
         Box::new(|db| db.register(batch(&crowd(20, 40)))),
         Box::new(|db| db.register(batch(&[info(&b, &[&a, &b]), info(&c, &[&b])]))),
@@ -131,14 +133,14 @@ fn a_crash_loses_nothing_that_was_done() {
     let after = record_changes(&disk);
     let log = disk.log();
     println!("{} steps, {} changes", log.len(), after.len() - 1);
-    let long = soak_s().map(Duration::from_secs);
+    let limit = soak_s().map_or(Duration::from_secs(6), Duration::from_secs);
     // Every cut with nothing and with all of the unsynced writes, and with as much luck as time allows.
     let mut tried = 0;
     for round in 0u64.. {
         for cut in 0..=log.len() {
             let luck = if round < 2 { round } else { round << 32 | cut as u64 };
-            let done = log[..cut].iter().filter_map(|op| if let Op::Mark(n) = op { Some(*n) } else { None }).last();
-            let done = done.unwrap_or(0);
+            let marks = log[..cut].iter().rev().find_map(|op| if let Op::Mark(n) = op { Some(*n) } else { None });
+            let done = marks.unwrap_or(0);
             let image = image_after(&first, &log, cut, luck);
             let db = StoreDb::on_disk(&Disk::of(image)).unwrap_or_else(|e| panic!("cut {cut}, luck {luck}: {e:?}"));
             let found = contents(&db).unwrap_or_else(|e| panic!("cut {cut}, luck {luck}: {e:?}"));
@@ -150,7 +152,6 @@ fn a_crash_loses_nothing_that_was_done() {
                 assert_eq!(contents(&db).unwrap().infos.len(), found.infos.len() + 9);
             }
             tried += 1;
-            let limit = long.unwrap_or(Duration::from_secs(6));
             if start.elapsed() > limit && round >= 2 {
                 println!("{tried} crashes");
                 return;

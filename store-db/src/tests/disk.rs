@@ -1,5 +1,6 @@
 //! A disk in memory that logs what is done to it, so that a test can stop it at any moment.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::ops::Bound;
@@ -24,6 +25,24 @@ pub(crate) enum Op {
 struct State {
     image: Vec<u8>,
     log: Vec<Op>,
+    /// So many more blocks of 4 KiB can be taken into use until the disk is full.
+    room: Option<usize>,
+    /// The blocks in use. A new length takes none.
+    blocks: HashSet<u64>,
+}
+
+impl State {
+    fn take(&mut self, offset: u64, bytes: usize) -> io::Result<()> {
+        for block in offset / 4096..(offset + bytes as u64).div_ceil(4096) {
+            if !self.blocks.contains(&block) {
+                if let Some(room) = &mut self.room {
+                    *room = room.checked_sub(1).ok_or(io::ErrorKind::StorageFull)?;
+                }
+                self.blocks.insert(block);
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A disk; its clones are the same disk.
@@ -38,7 +57,7 @@ impl fmt::Debug for Disk {
 
 impl Disk {
     pub(crate) fn of(image: Vec<u8>) -> Self {
-        Self(Arc::new(Mutex::new(State { image, log: Vec::new() })))
+        Self(Arc::new(Mutex::new(State { image, ..State::default() })))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -56,6 +75,11 @@ impl Disk {
 
     pub(crate) fn mark(&self, done: usize) {
         self.state().log.push(Op::Mark(done));
+    }
+
+    /// Lets so many more blocks be taken into use, or any number.
+    pub(crate) fn set_room(&self, room: Option<usize>) {
+        self.state().room = room;
     }
 
     pub(crate) fn image(&self) -> Vec<u8> {
@@ -116,6 +140,7 @@ impl StorageBackend for Handle {
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut state = self.0.state();
+        state.take(offset, data.len())?;
         let op = Op::Write { offset, data: data.to_vec() };
         apply(&mut state.image, &op);
         state.log.push(op);

@@ -133,7 +133,7 @@ fn record(entry: &Entry, time_s: u64) -> (PathInfo, BTreeMap<String, StorePath>)
         registration_time_s: time_s,
         ultimate: entry.ultimate,
         signatures: entry.signatures.iter().map(|s| signature(*s)).collect(),
-        content_address: entry.content_addressed.then(|| ContentAddress::Text(Sha256Digest([entry.contents; 32]))),
+        content_address: entry.content_addressed.then_some(ContentAddress::Text(Sha256Digest([entry.contents; 32]))),
     };
     (info, entry.outputs.iter().map(|(name, n)| (name.clone(), nth(*n))).collect())
 }
