@@ -1,4 +1,5 @@
 //! How fast are references found, and how fast is registration text read and written?
+#![expect(clippy::indexing_slicing, reason = "indices are taken below the length")]
 
 use std::hint::black_box;
 

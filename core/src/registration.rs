@@ -233,9 +233,8 @@ impl<'d> Parser<'d> {
     fn begin_record(&mut self) {
         self.begin = self.at;
         self.next = Line::Path;
+        // All but these are replaced on the way to the end of a record.
         self.references.clear();
-        self.hash_size = None;
-        self.deriver = None;
     }
 
     /// Reads one line, if it is whole.

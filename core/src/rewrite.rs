@@ -302,6 +302,20 @@ mod tests {
         })
     }
 
+    #[test]
+    fn replaced_bytes_may_be_part_of_a_later_match() {
+        let part = |text: String| text.parse::<HashPart>().unwrap();
+        let pairs = [(part("a".repeat(32)), part(format!("b{}", "a".repeat(31))))];
+        for cut in [1, 32, 100] {
+            let made = rewrite(&pairs, "a".repeat(34).as_bytes(), cut);
+            assert_eq!(String::from_utf8(made).unwrap(), format!("bbb{}", "a".repeat(31)), "cut at {cut}");
+        }
+        // One after another, in sorted order: the second needle is made by the first pair.
+        let [a, b, c] = ["a", "b", "c"].map(|letter| part(letter.repeat(32)));
+        assert_eq!(rewrite(&[(b, c), (a, b)], "a".repeat(32).as_bytes(), 5), "c".repeat(32).into_bytes());
+        assert_eq!(rewrite(&[(a, c), (b, a)], "b".repeat(32).as_bytes(), 5), "a".repeat(32).into_bytes());
+    }
+
     proptest! {
         /// A rewriting is that of the whole text, however it is cut.
         #[test]

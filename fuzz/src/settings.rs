@@ -6,25 +6,23 @@ use camino::Utf8Path;
 use larder_core::settings::{Configured, Machine, Os, SettingsBuilder, SettingsError, TABLE};
 
 /// The text is `nix.conf`, and every file it includes is what follows its first NUL. The settings
-/// it makes, printed and read again, must be the same.
+/// it makes, printed and given as options, must be the same.
 pub fn settings(data: &[u8]) {
     let (text, included) = data.split_at(data.iter().position(|b| *b == 0).unwrap_or(data.len()));
     let included = included.split_first().map(|(_, rest)| rest);
     let Ok(made) = configure(text, included) else { return };
     assert!(made.overrides().is_empty());
-    let mut printed = String::new();
+    let mut builder = SettingsBuilder::new(machine());
     for entry in TABLE {
-        for piece in [entry.name, " = ", &(entry.print)(&made.settings), "\n"] {
-            printed.push_str(piece);
-        }
+        builder.option(entry.name, &(entry.print)(&made.settings));
     }
-    let again = configure(printed.as_bytes(), None).expect("printed values are fine");
-    assert!(again.settings == made.settings, "{printed}");
+    let again = builder.finish();
+    assert!(again.settings == made.settings);
     assert!(again.warnings.is_empty());
 }
 
-fn configure(text: &[u8], included: Option<&[u8]>) -> Result<Configured, SettingsError> {
-    let machine = Machine {
+fn machine() -> Machine {
+    Machine {
         cores: 4,
         root: false,
         system: "x86_64-linux".to_owned(),
@@ -33,12 +31,15 @@ fn configure(text: &[u8], included: Option<&[u8]>) -> Result<Configured, Setting
         kvm: false,
         conf_dir: "/etc/nix".into(),
         build_hook: String::new(),
-    };
+    }
+}
+
+fn configure(text: &[u8], included: Option<&[u8]>) -> Result<Configured, SettingsError> {
     let main = Utf8Path::new("/etc/nix/nix.conf");
     let mut read = |file: &Utf8Path| -> io::Result<Option<Vec<u8>>> {
         Ok(if file == main { Some(text) } else { included }.map(<[u8]>::to_vec))
     };
-    let mut builder = SettingsBuilder::new(machine);
+    let mut builder = SettingsBuilder::new(machine());
     builder.system_file(main, &mut read)?;
     Ok(builder.finish())
 }

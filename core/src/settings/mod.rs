@@ -2,7 +2,7 @@
 //!
 //! Source: the settings specification, sections 1 to 5, and runs of 2.8.0.
 //!
-//! All settings stand in one table ([`table`]), the historic ones and those of the evaluator too,
+//! All settings stand in one table ([`TABLE`]), the historic ones and those of the evaluator too,
 //! so that no known name gives a warning. A [`Settings`] value is built once by a
 //! [`SettingsBuilder`], from the lowest source to the highest, and passed down. Nothing here reads
 //! a file or the environment: texts come in through a closure, and what depends on the machine
