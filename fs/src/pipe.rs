@@ -41,28 +41,28 @@ where
         }
     }
     let on_two = thread::scope(|scope| {
-        let (full_in, full) = bounded::<Result<(Vec<u8>, bool), X>>(BLOCKS);
-        let (empty_in, empty) = bounded::<Vec<u8>>(BLOCKS);
+        let (give_full, take_full) = bounded::<Result<(Vec<u8>, bool), X>>(BLOCKS);
+        let (give_empty, take_empty) = bounded::<Vec<u8>>(BLOCKS);
+        for _ in 0..BLOCKS {
+            give_empty.send(Vec::with_capacity(BLOCK_BYTES)).expect("there is room, and the receiver is here");
+        }
         // The source is lent, so that it is still here if the thread cannot be started.
         let fill = &mut fill;
         let filler = move || {
-            for mut block in empty {
+            for mut block in take_empty {
                 block.clear();
-                let filled = fill(&mut block).map(|more| (block, more));
-                let last = !matches!(filled, Ok((_, true)));
+                let result = fill(&mut block).map(|more| (block, more));
+                let last = !matches!(result, Ok((_, true)));
                 // Nobody takes it: the sink has failed.
-                if full_in.send(filled).is_err() || last {
+                if give_full.send(result).is_err() || last {
                     return;
                 }
             }
         };
         thread::Builder::new().name("read".into()).spawn_scoped(scope, filler).ok()?;
-        for _ in 0..BLOCKS {
-            empty_in.send(Vec::with_capacity(BLOCK_BYTES)).ok()?;
-        }
-        for filled in full {
-            let (block, more) = match filled {
-                Ok(filled) => filled,
+        for result in take_full {
+            let (block, more) = match result {
+                Ok(block_and_more) => block_and_more,
                 Err(error) => return Some(Err(E::from(error))),
             };
             if let Err(error) = give(&mut sink, &block) {
@@ -72,7 +72,7 @@ where
                 return Some(Ok(()));
             }
             // Nobody takes it: the source has failed, and has said so.
-            let _ = empty_in.send(block);
+            let _ = give_empty.send(block);
         }
         // The source panicked, and so does the scope.
         None

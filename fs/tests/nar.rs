@@ -1,5 +1,7 @@
 //! Trees between disk and archive.
 
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, clippy::print_stdout, reason = "tests may panic and tell")]
+
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
@@ -47,6 +49,13 @@ struct Place {
 impl Place {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
+        let fd = fs::File::open(folder.path()).unwrap();
+        Self { folder, fd }
+    }
+
+    /// In memory where there is such a file system: for what would keep a disk busy.
+    fn in_memory() -> Self {
+        let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return Self::new() };
         let fd = fs::File::open(folder.path()).unwrap();
         Self { folder, fd }
     }
@@ -237,7 +246,7 @@ fn s013_dumping_drops_the_suffixes() {
 #[test]
 fn s088_a_file_beyond_4_gib() {
     const SIZE: u64 = (5 << 30) + 5;
-    let place = Place::new();
+    let place = Place::in_memory();
     fs::File::create(place.path()).unwrap().set_len(SIZE).unwrap();
     let (mut parser, mut contents) = (Parser::default(), 0);
     let size = dump(&place.fd, OsStr::new("t"), &DumpOptions::default(), |mut piece: &[u8]| {
@@ -284,11 +293,11 @@ fn count(text: &[u8], word: &[u8]) -> usize {
 
 #[test]
 fn depth_beyond_any_path() {
-    let place = Place::new();
+    let place = Place::in_memory();
     make_deep(&place, 3000);
     let nar = place.dump(false).unwrap();
     assert_eq!(count(&nar, b"directory"), 3000);
-    let other = Place::new();
+    let other = Place::in_memory();
     let refused = other.restore(&nar, store());
     assert!(matches!(refused, Err(RestoreError::Nar(NarError::TooDeep { max: 1024, .. }))));
     other.clear();
@@ -502,7 +511,9 @@ fn assert_canonical(path: &Path) {
         assert_eq!(rustix::fs::listxattr(path, &mut [0u8; 256][..]), Ok(0), "{}", path.display());
     }
     if stat.is_dir() {
-        fs::read_dir(path).unwrap().for_each(|entry| assert_canonical(&entry.unwrap().path()));
+        for entry in fs::read_dir(path).unwrap() {
+            assert_canonical(&entry.unwrap().path());
+        }
     }
 }
 
@@ -593,7 +604,7 @@ fn nobody_restores_and_dumps() {
         other.clear();
         let locked = Place::new();
         fs::write(locked.path(), "secret").unwrap();
-        fs::set_permissions(locked.path(), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(locked.path(), fs::Permissions::from_mode(0o000)).unwrap();
         let error = locked.dump(false).unwrap_err();
         let expected = format!("opening file '{}': Permission denied (os error 13)", locked.path().display());
         assert_eq!(chain(&error), expected);

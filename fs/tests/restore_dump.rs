@@ -1,5 +1,7 @@
 //! The vectors of `--restore` and `--dump`, which set the umask: a process of their own.
 
+#![expect(clippy::unwrap_used, reason = "tests may panic")]
+
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
