@@ -688,6 +688,8 @@ mod tests {
             ("--register-validity --hash-given", Command::RegisterValidity { reregister: false, hash_given: true }),
             ("--init --indirect --no-output --add-root -ab -v --", Command::Init),
             ("-- --init", Command::Init),
+            ("--init --init", Command::Init),
+            ("--optimise --optimize", Command::Optimise),
             ("--check-validity --print-invalid a b", Command::CheckValidity { print_invalid: true, paths: paths() }),
             ("--print-env a", Command::PrintEnv { derivation: "a".into() }),
             ("-l a b", Command::ReadLog { paths: paths() }),
