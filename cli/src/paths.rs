@@ -45,11 +45,8 @@ pub fn store_path(dir: &StoreDir, argument: &OsStr) -> Result<StorePath, PathArg
         if dir.below(&path).is_some() {
             return Ok(dir.parse_inside(&path)?.0);
         }
-        let target = match std::fs::read_link(OsStr::from_bytes(&path)) {
-            Ok(target) => target,
-            // Not a link, or not there: then it is a path outside of the store.
-            Err(_) => return Err(outside(&path)),
-        };
+        // Not a link, or not there: then it is a path outside of the store.
+        let Ok(target) = std::fs::read_link(OsStr::from_bytes(&path)) else { return Err(outside(&path)) };
         let parent = Path::new(OsStr::from_bytes(&path)).parent().unwrap_or(Path::new("/"));
         let joined = parent.join(target).into_os_string().into_vec();
         path = canonicalise(&joined).ok_or_else(|| outside(&joined))?;

@@ -61,14 +61,23 @@ pub(crate) const fn digit(bits: u64) -> u8 {
 /// assert_eq!(larder_core::base32::encode(&[0x1f, 0x00]), "000z");
 /// ```
 pub fn encode(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(encoded_len(bytes.len()));
-    for k in (0..encoded_len(bytes.len())).rev() {
-        let (i, j) = (k * 5 / 8, k * 5 % 8);
-        let low = bytes.get(i).map_or(0, |b| u16::from(*b) >> j);
-        let high = bytes.get(i + 1).map_or(0, |b| u16::from(*b) << (8 - j));
-        text.push(char::from(digit(u64::from(low | high))));
+    // The digits of the number, lowest first; each byte adds eight bits at the top.
+    let mut digits = Vec::with_capacity(encoded_len(bytes.len()));
+    let (mut bits, mut count) = (0u64, 0);
+    for &byte in bytes {
+        bits |= u64::from(byte) << count;
+        count += 8;
+        while count >= 5 {
+            digits.push(digit(bits));
+            bits >>= 5;
+            count -= 5;
+        }
     }
-    text
+    if count > 0 {
+        digits.push(digit(bits));
+    }
+    digits.reverse();
+    String::from_utf8(digits).expect("the alphabet is ASCII")
 }
 
 /// Decodes exactly `N` bytes.

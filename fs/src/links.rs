@@ -63,7 +63,7 @@ pub fn remove_unused(layout: &Layout, mut deleted: impl FnMut(&OsStr)) -> Result
         }
         let size = u64::try_from(status.st_size).unwrap_or(0);
         stats.actual_bytes += size;
-        stats.unshared_bytes += size.saturating_mul(u64::from(status.st_nlink) - 1);
+        stats.unshared_bytes += size.saturating_mul(status.st_nlink.saturating_sub(1));
     }
     Ok(stats)
 }

@@ -13,7 +13,7 @@ use larder_core::store_path::StorePath;
 
 use crate::batch::{NONE, leading};
 use crate::error::DbError;
-use crate::query::{ReadTxn, each_key, parse};
+use crate::query::{ReadTxn, each_key, parse, parse_references};
 use crate::record::{DeriverView, PathRef, RecordView, ReferencesView};
 use crate::tables::{inconsistent, split_output_key};
 use redb::ReadableTable as _;
@@ -534,6 +534,45 @@ pub fn closure_of(r: &ReadTxn, roots: &[StorePath], walk: Walk) -> Result<Graph,
         next.sort_unstable();
         frontier = next;
     }
+    found.into_graph()
+}
+
+/// What some valid paths refer to, or what refers to them, as a graph of just these neighbours.
+///
+/// A path that refers to itself is its own neighbour both ways. Costs a few lookups for each
+/// neighbour, or a reading of the whole ledger if they are many.
+/// A path that is not valid gives [`DbError::NotValid`].
+pub fn neighbours_of(r: &ReadTxn, paths: &[StorePath], backward: bool) -> Result<Graph, DbError> {
+    let mut keys: Vec<[u8; 20]> = Vec::new();
+    for path in paths {
+        let Some(record) = r.record(path)? else { return Err(DbError::NotValid { path: path.clone() }) };
+        let own = *path.hash_part().as_bytes();
+        let view = record.view();
+        let references = if view.has_references() { r.reference_keys(&own)? } else { Vec::new() };
+        if backward {
+            keys.extend(references.binary_search(&own).map(|_| own));
+            keys.extend(r.referrer_keys(&own)?);
+        } else {
+            keys.extend(references);
+        }
+    }
+    keys.sort_unstable();
+    keys.dedup();
+    let mut references: Vec<Vec<[u8; 20]>> = Vec::with_capacity(keys.len());
+    each_key(r.references_table()?, &keys, |_, key, bytes| {
+        references.push(match bytes {
+            Some(bytes) => parse_references(key, bytes)?.0.to_vec(),
+            None => Vec::new(),
+        });
+        Ok::<(), DbError>(())
+    })?;
+    let mut found = Found::with_capacity(keys.len(), references.iter().map(Vec::len).sum());
+    each_key(r.paths()?, &keys, |at, key, bytes| {
+        let Some(bytes) = bytes else {
+            return Err(inconsistent(format_args!("'{}' is not valid", HashPart::from_bytes(*key))));
+        };
+        found.push(&parse(key, bytes)?, ReferencesView(references.get(at).map_or(&[], Vec::as_slice)))
+    })?;
     found.into_graph()
 }
 

@@ -7,7 +7,7 @@ use larder_core::derivation::aterm::DerivationError;
 use larder_core::derivation::check::CheckError;
 use larder_core::derivation::modulo::ModuloError;
 use larder_core::export::ExportError;
-use larder_core::hash::{Hash, Sha256Digest};
+use larder_core::hash::Sha256Digest;
 use larder_core::registration::RegistrationError;
 use larder_core::store_dir::{MakePathError, StoreDir};
 use larder_core::store_path::{NameError, StorePath};
@@ -50,8 +50,6 @@ pub enum StoreError {
     NothingToAdopt { state: PathBuf },
     #[error("hash of path '{path}' has changed from '{expected}' to '{found}'!")]
     Changed { path: String, expected: Sha256Digest, found: Sha256Digest },
-    #[error("hash mismatch importing path '{path}';\n  specified: {expected}\n  got:       {found}")]
-    Mismatch { path: String, expected: Hash, found: Hash },
     #[error("cannot find out who else needs the paths, so nothing may be deleted")]
     Roots(#[source] Box<larder_gc::roots::RootsError<Box<StoreError>>>),
     #[error("roots may be hidden from us, so nothing may be deleted")]
@@ -105,6 +103,7 @@ impl From<DbError> for StoreError {
 
 impl StoreError {
     /// Gives errors of the ledger, which does not know the store directory, their full paths.
+    #[must_use]
     pub fn in_dir(self, dir: &StoreDir) -> Self {
         let full = |path: &StorePath| dir.full(path);
         match self {

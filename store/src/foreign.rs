@@ -96,7 +96,7 @@ impl ForeignLedger {
         let mut infos: FxHashMap<i64, PathInfo> = FxHashMap::default();
         let mut fault = None;
         db.rows("ValidPaths", &mut |row| {
-            if !column(&row, 1).is_some_and(|text| dir.below(text).is_some()) {
+            if column(&row, 1).is_none_or(|text| dir.below(text).is_none()) {
                 return true;
             }
             match path_info(dir, &row) {

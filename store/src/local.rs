@@ -19,6 +19,7 @@ use crate::error::StoreError;
 
 /// What of the settings concerns a local store. All have the meaning of the setting of that name.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "settings are what they are")]
 pub struct Options {
     pub use_case_hack: bool,
     pub allow_symlinked_store: bool,

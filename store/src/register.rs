@@ -9,7 +9,7 @@ use larder_core::path_info::PathInfo;
 use larder_core::registration::{self, Form, Parser};
 use larder_core::report::Level;
 use larder_core::store_path::StorePath;
-use larder_store_db::{Batch, Graph, NewPath};
+use larder_store_db::{Batch, DbError, Graph, NewPath};
 
 use crate::error::StoreError;
 use crate::foreign::ForeignLedger;
@@ -66,22 +66,24 @@ impl LocalStore {
         let mut text = Vec::with_capacity(FULL + (1 << 16));
         let Some(paths) = paths else {
             return self.read(|txn| {
-                // Records name what they refer to by hash parts; the graph knows all names, and
-                // its nodes have the order of the records.
-                let graph = Graph::load(txn)?;
-                let mut nodes = graph.nodes();
-                txn.for_each(|view| {
-                    let node = nodes.next().expect("graph and records are of one moment");
-                    let deriver = view.deriver().map(|deriver| deriver.to_store_path()).transpose();
-                    let deriver = deriver.map_err(|source| larder_store_db::DbError::Record {
+                // Records name what they refer to by hash parts; the graph knows all names. The
+                // rest of each record is kept from the one reading, in the order of the nodes.
+                let mut rest = Vec::new();
+                let graph = Graph::load_with(txn, |view| {
+                    let deriver = view.deriver().map(larder_store_db::record::DeriverView::to_store_path).transpose();
+                    let deriver = deriver.map_err(|source| DbError::Record {
                         path: self.dir().full(&view.path().to_store_path()),
                         source,
                     })?;
+                    rest.push((view.nar_hash, view.nar_size_bytes, deriver));
+                    Ok::<(), StoreError>(())
+                })?;
+                for (node, (nar_hash, nar_size_bytes, deriver)) in graph.nodes().zip(&rest) {
                     registration::write_record(
                         &mut text,
                         self.dir(),
-                        view.path(),
-                        Some((&view.nar_hash, view.nar_size_bytes)),
+                        graph.path_ref(node),
+                        Some((nar_hash, *nar_size_bytes)),
                         deriver.as_ref().map(Into::into),
                         graph.references(node).map(|reference| graph.path_ref(reference)),
                     );
@@ -89,8 +91,7 @@ impl LocalStore {
                         out.write_all(&text).map_err(StoreError::Output)?;
                         text.clear();
                     }
-                    Ok::<(), StoreError>(())
-                })?;
+                }
                 out.write_all(&text).map_err(StoreError::Output)
             });
         };
@@ -155,16 +156,13 @@ impl LocalStore {
                 continue;
             }
             self.canonicalise(OsStr::new(&record.path.to_string()))?;
-            let (nar_hash, nar_size_bytes) = match record.hash_size {
-                Some(given) => given,
-                None => {
-                    let mut hasher = NarHasher::new();
-                    self.dump_object(&record.path, |bytes| {
-                        hasher.update(bytes);
-                        Ok(())
-                    })?;
-                    hasher.finish()
-                }
+            let (nar_hash, nar_size_bytes) = if let Some(given) = record.hash_size { given } else {
+                let mut hasher = NarHasher::new();
+                self.dump_object(&record.path, |bytes| {
+                    hasher.update(bytes);
+                    Ok(())
+                })?;
+                hasher.finish()
             };
             let mut info = PathInfo::new(record.path, nar_hash, nar_size_bytes);
             info.references = record.references;

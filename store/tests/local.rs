@@ -62,7 +62,7 @@ fn a_tree_comes_in_and_goes_out() {
             Ok(())
         })
         .unwrap();
-    assert_eq!(imported, [path.clone()]);
+    assert_eq!(imported, std::slice::from_ref(&path));
     assert_eq!(other.info(&path).unwrap().nar_hash, store.info(&path).unwrap().nar_hash);
     let mut again = Vec::new();
     other.export(&[path], &mut again).unwrap();

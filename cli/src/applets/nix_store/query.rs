@@ -10,7 +10,7 @@ use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
 use larder_fs::layout::Access;
 use larder_store::{LocalStore, StoreError};
-use larder_store_db::graph::closure_of;
+use larder_store_db::graph::{closure_of, neighbours_of};
 use larder_store_db::{Graph, Walk};
 
 use super::store::{StoreOpError, open};
@@ -68,16 +68,10 @@ impl Asked<'_> {
                 self.print_closure(&roots, Walk::REFERRERS)?;
             }
             QueryKind::References | QueryKind::Referrers => {
-                let forward = self.query.kind == QueryKind::References;
-                let mut set = BTreeSet::new();
-                for path in self.meant(paths)? {
-                    let found =
-                        store.read(|txn| Ok(if forward { txn.references(&path)? } else { txn.referrers(&path)? }))?;
-                    set.extend(found.ok_or_else(|| store.not_valid(&path))?);
-                }
-                for path in store.order(&set)? {
-                    self.out.line(dir.display(&path))?;
-                }
+                let backward = self.query.kind == QueryKind::Referrers;
+                let paths = self.meant(paths)?;
+                let graph = store.read(|txn| Ok(Some(neighbours_of(txn, &paths, backward)?)))?;
+                self.print_graph(&paths, graph)?;
             }
             QueryKind::Deriver => {
                 for path in paths {
@@ -169,12 +163,18 @@ impl Asked<'_> {
 
     /// A closure, dependencies first.
     fn print_closure(&mut self, roots: &[StorePath], walk: Walk) -> Result<(), Failure> {
+        let graph = self.store.read(|txn| Ok(Some(closure_of(txn, roots, walk)?)))?;
+        self.print_graph(roots, graph)
+    }
+
+    /// All paths of a graph, dependencies first. A store without a ledger has no graph: then the
+    /// first of the paths asked for is not valid.
+    fn print_graph(&mut self, asked: &[StorePath], graph: Option<Graph>) -> Result<(), Failure> {
         let store = self.store;
-        let prefix = format!("{}/", store.dir());
-        let graph = match store.read(|txn| Ok(Some(closure_of(txn, roots, walk)?)))? {
-            Some(graph) => graph,
-            None => return roots.first().map_or(Ok(()), |path| Err(store.not_valid(path).into())),
+        let Some(graph) = graph else {
+            return asked.first().map_or(Ok(()), |path| Err(store.not_valid(path).into()));
         };
+        let prefix = format!("{}/", store.dir());
         for node in graph.topological_all().map_err(|error| StoreError::from(error).in_dir(store.dir()))? {
             self.out.bytes(prefix.as_bytes())?;
             self.out.bytes(graph.base_name(node).as_bytes())?;
@@ -199,7 +199,11 @@ impl Asked<'_> {
         for (path, found) in paths.iter().zip(found) {
             let (hash, size_bytes) = found.ok_or_else(|| store.not_valid(path))?;
             match self.query.kind {
-                QueryKind::Hash => self.out.line(hash)?,
+                QueryKind::Hash => {
+                    self.out.bytes(b"sha256:")?;
+                    self.out.bytes(hash.to_base32().as_bytes())?;
+                    self.out.bytes(b"\n")?;
+                }
                 _ => self.out.line(size_bytes)?,
             }
         }
