@@ -387,10 +387,12 @@ pub fn make_dirs(path: &Path) -> Result<(), FileError> {
     open_dir(CWD, path.as_os_str(), OFlags::PATH).at("creating directory", path).map(drop)
 }
 
+/// Of a directory itself, never of what a symlink in its place leads to.
 fn set_mode(path: &Path, mode: u32) -> Result<(), FileError> {
-    let status = rustix::fs::stat(path).at("getting status of", path)?;
+    let fd = open_dir(CWD, path.as_os_str(), OFlags::NOFOLLOW).at("opening directory", path)?;
+    let status = rustix::fs::fstat(&fd).at("getting status of", path)?;
     if status.st_mode & 0o7777 != mode {
-        rustix::fs::chmod(path, Mode::from_raw_mode(mode)).at("changing permissions of", path)?;
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode)).at("changing permissions of", path)?;
     }
     Ok(())
 }

@@ -197,6 +197,9 @@ fn cannot_read(reporter: &dyn Reporter, path: &Path) {
     reporter.message(Level::Info, format_args!("cannot read potential root '{}'", shown(path)));
 }
 
+/// The longest path that is walked in one system call, in bytes; Linux takes 4095.
+const MAX_STEP: usize = 4000;
+
 struct Scan<'a, E> {
     layout: &'a Layout,
     auto: PathBuf,
@@ -395,17 +398,28 @@ fn is_below_store(store_dir: &StoreDir, target: &[u8]) -> bool {
 }
 
 /// Opens a directory that no symlink leads to: users own some of those on the way.
+///
+/// The way may be longer than the system takes at once: users can make it so, and must not be able
+/// to stop a collection by that.
 fn open_below(base: &OwnedFd, below: &Path) -> rustix::io::Result<OwnedFd> {
-    if below.as_os_str().is_empty() {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        return rustix::fs::openat(base, c".", flags, Mode::empty());
-    }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    match rustix::fs::openat2(base, below, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
-        // Linux before 5.6, or a filter of system calls.
-        Err(Errno::NOSYS | Errno::PERM) => rustix::fs::openat(base, below, flags, Mode::empty()),
-        other => other,
+    let step = |base: BorrowedFd<'_>, piece: &Path| {
+        match rustix::fs::openat2(base, piece, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
+            // Linux before 5.6, or a filter of system calls.
+            Err(Errno::NOSYS | Errno::PERM) => rustix::fs::openat(base, piece, flags, Mode::empty()),
+            other => other,
+        }
+    };
+    let mut fd: Option<OwnedFd> = None;
+    let mut piece = PathBuf::from(".");
+    for name in below {
+        if piece.as_os_str().len() + 1 + name.len() > MAX_STEP {
+            fd = Some(step(fd.as_ref().unwrap_or(base).as_fd(), &piece)?);
+            piece = PathBuf::from(".");
+        }
+        piece.push(name);
     }
+    step(fd.as_ref().unwrap_or(base).as_fd(), &piece)
 }
 
 #[cfg(test)]
@@ -418,6 +432,26 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::{PermissionsExt as _, symlink};
     use std::process::{Command, Stdio};
+
+    /// A user nests directories deeper than any path can say: roots are found nevertheless, and
+    /// nothing counts as hidden.
+    #[test]
+    fn a_way_too_long_for_a_path_hides_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let layout = layout(folder.path());
+        let valid = [path(1)];
+        let mut dir: OwnedFd = fs::File::open(layout.gc_roots()).unwrap().into();
+        let name = "d".repeat(250);
+        for _ in 0..40 {
+            rustix::fs::mkdirat(&dir, &name, Mode::RWXU).unwrap();
+            dir = rustix::fs::openat(&dir, &name, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        }
+        rustix::fs::symlinkat(layout.store_dir.full(&valid[0]), &dir, "root").unwrap();
+        let found = persistent(&layout, StaleLinks::Keep, &mut only_valid(&valid), &Silent).unwrap();
+        assert_eq!(found.unreadable.len(), 0);
+        assert_eq!(found.roots.iter().map(|root| root.path.clone()).collect::<Vec<_>>(), valid);
+        larder_fs::remove::remove_path(&layout.gc_roots(), larder_fs::remove::OnFailure::Stop).unwrap();
+    }
 
     fn only_valid(valid: &[StorePath]) -> impl FnMut(&StorePath) -> Result<bool, Infallible> {
         move |path| Ok(valid.contains(path))
