@@ -156,7 +156,9 @@ impl LocalStore {
                 continue;
             }
             self.canonicalise(OsStr::new(&record.path.to_string()))?;
-            let (nar_hash, nar_size_bytes) = if let Some(given) = record.hash_size { given } else {
+            let (nar_hash, nar_size_bytes) = if let Some(given) = record.hash_size {
+                given
+            } else {
                 let mut hasher = NarHasher::new();
                 self.dump_object(&record.path, |bytes| {
                     hasher.update(bytes);
