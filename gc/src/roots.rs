@@ -440,6 +440,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let layout = layout(folder.path());
         let valid = [path(1)];
+        fs::create_dir_all(layout.gc_roots()).unwrap();
         let mut dir: OwnedFd = fs::File::open(layout.gc_roots()).unwrap().into();
         let name = "d".repeat(250);
         for _ in 0..40 {
