@@ -1,0 +1,3 @@
+//! Realising: making store paths valid, by building them or fetching them.
+
+pub mod job;
