@@ -1,3 +1,5 @@
 //! Realising: making store paths valid, by building them or fetching them.
 
+pub mod build;
 pub mod job;
+pub mod logs;
