@@ -11,4 +11,6 @@ mod house;
 mod interop;
 mod people;
 mod process;
+mod tidy;
+mod vectors;
 mod without_store;
