@@ -192,7 +192,7 @@ fn s038_drv_parse() {
         accepted += u32::from(done.status == Some(0));
     }
     let dump = nix_store(&house, &["--dump-db"], b"").stdout;
-    let valid = dump.lines().filter(|line| line.ends_with(".drv") && line.starts_with('/')).count();
+    let valid = dump.lines().filter(|line| line.starts_with('/') && line.contains(".drv")).count();
     assert!(accepted >= 10 && valid > 0, "{accepted} accepted, {valid} registered");
     assert_eq!(nix_store(&house, &["--verify", "--check-contents"], b"").status, Some(0));
 }
