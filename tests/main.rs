@@ -6,6 +6,8 @@
 #![allow(unreachable_pub, reason = "modules of one test binary")]
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 
+mod collections;
+mod garbage;
 mod hashes;
 mod house;
 mod interop;

@@ -329,6 +329,9 @@ impl<'s> Arrivals<'s> {
         rustix::fs::renameat(dir, &incoming.entry, dir, &entry)
             .map_err(|e| FileError::new("renaming to", &real, std::io::Error::from(e)))?;
         incoming.kept = true;
+        if store.options().auto_optimise_store {
+            store.optimise_path(&path);
+        }
         info.registration_time_s = now_s();
         self.pending.push(Sealed { info, outputs, locks });
         if self.pending.len() >= MAX_PENDING {

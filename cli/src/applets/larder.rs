@@ -1,5 +1,6 @@
 //! `larder`: the same store for people, with words instead of flags and JSON where output is data.
 
+mod garbage;
 mod links;
 
 use std::ffi::OsString;
@@ -74,6 +75,14 @@ pub enum Command {
     Verify(Verify),
     /// Tell what takes the space: the size of closures, and what only they need
     Du(Du),
+    /// Delete what nothing needs, after telling what that is
+    Gc(garbage::Gc),
+    /// Tell which roots keep a path, and how
+    Why(garbage::Why),
+    /// List the roots: what must not be deleted
+    Roots(garbage::Roots),
+    /// Link equal files, which saves space
+    Optimise(garbage::Optimise),
     /// Make links by the names of the commands of Nix
     Links(Links),
     /// Take over the store of a Nix installation, from its own records
@@ -323,6 +332,10 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Restore(args) => {
             restore_from(args.path.as_os_str(), restore_options(&settings), args.input.as_deref(), &cx.interrupt)?;
         }
+        Command::Gc(args) => return garbage::collect(cx, &settings, &args),
+        Command::Why(args) => return garbage::why(cx, &settings, &args),
+        Command::Roots(args) => return garbage::roots(cx, &settings, &args),
+        Command::Optimise(args) => return garbage::optimise(cx, &settings, &args),
         _ => return Err(LarderError::NoStore.into()),
     }
     Ok(Status::SUCCESS)
