@@ -291,7 +291,7 @@ fn objects_go_there_and_back() {
     let (theirs, ours, third) = (House::new(), House::new(), House::new());
     let nix = |house: &House, words: &[&str], stdin: &[u8]| {
         let mut command = real(house, "nix-store");
-        house.root(&mut command);
+        house.as_root_of_its_own(&mut command);
         output(command.args(words), stdin)
     };
     let larder = |house: &House, words: &[&str], stdin: &[u8]| output(house.rooted("nix-store").args(words), stdin);
@@ -307,7 +307,7 @@ fn objects_go_there_and_back() {
     std::fs::write(source.join(odd), "odd").unwrap();
     for words in [["--add"].as_slice(), &["--dump"], &["--add-fixed", "sha256"]] {
         let mut command = real(&theirs, "nix-store");
-        theirs.root(&mut command);
+        theirs.as_root_of_its_own(&mut command);
         let (a, b) =
             (output(command.args(words).arg(odd), b""), output(theirs.rooted("nix-store").args(words).arg(odd), b""));
         assert_eq!((a.status.code(), a.stdout), (b.status.code(), b.stdout), "{words:?}");
@@ -330,7 +330,7 @@ fn objects_go_there_and_back() {
     }
     let file = theirs.write("x.nix", EXPRESSION);
     let mut instantiate = real(&theirs, "nix-instantiate");
-    theirs.root(&mut instantiate);
+    theirs.as_root_of_its_own(&mut instantiate);
     let top = line(&run(instantiate.arg(&file).args(["-A", "unbuilt"]), b""));
     let closure = nix(&theirs, &["-qR", &top], b"").stdout;
     let listed = String::from_utf8(closure.clone()).unwrap();
