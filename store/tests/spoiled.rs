@@ -147,7 +147,7 @@ proptest! {
     }
 
     #[test]
-    fn load_db(text in spoiled(filled().dump.clone())) {
+    fn load_db(text in spoiled(registrations())) {
         let folder = tempfile::tempdir().unwrap();
         let store = open(folder.path());
         let outcome = store.load_db(text.as_slice());
@@ -199,6 +199,19 @@ proptest! {
     }
 }
 
+/// Registrations of paths that refer to each other; no derivations, which would have to be there.
+fn registrations() -> Vec<u8> {
+    let path = |digit: &str| format!("/nix/store/{}-p{digit}", digit.repeat(32));
+    let record = |digit: &str, deriver: &str, references: &[&str]| {
+        let mut lines = vec![path(digit), digit.repeat(64), format!("1{digit}"), deriver.to_owned()];
+        lines.push(references.len().to_string());
+        lines.extend(references.iter().map(|reference| path(reference)));
+        lines.join("\n") + "\n"
+    };
+    let deriver = format!("{}.drv", path("8"));
+    [record("1", "", &["1"]), record("3", &deriver, &["1", "2", "3"]), record("2", &deriver, &["1"])].concat().into()
+}
+
 /// The dump without hashes and sizes, as `--register-validity` wants it.
 fn without_hashes() -> Vec<u8> {
     let text = String::from_utf8(filled().dump.clone()).unwrap();
@@ -223,5 +236,6 @@ fn whole_streams() {
     let mut dump = Vec::new();
     store.dump_db(None, &mut dump).unwrap();
     assert_eq!(dump, filled().dump);
+    store.load_db(registrations().as_slice()).unwrap();
     assert_eq!(sound(&filled().store).unwrap(), 2);
 }
