@@ -5,10 +5,14 @@
 
 #![allow(unreachable_pub, reason = "modules of one test binary")]
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "so may the helpers of tests")]
 
+mod crash;
 mod hashes;
 mod house;
 mod interop;
+mod limits;
 mod people;
 mod process;
+mod stress;
 mod without_store;

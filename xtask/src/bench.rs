@@ -79,7 +79,9 @@ pub(crate) fn run(filters: &[String]) -> Result<(), Failed> {
 }
 
 fn remove(path: &Path) {
-    let _ = std::process::Command::new("chmod").args(["-R", "u+w"]).arg(path).status();
+    if path.is_dir() {
+        let _ = std::process::Command::new("chmod").args(["-R", "u+w"]).arg(path).status();
+    }
     let _ = std::fs::remove_dir_all(path);
 }
 
