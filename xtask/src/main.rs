@@ -10,7 +10,8 @@ use run::{Failed, cargo, step};
 
 const HELP: &str = "\
 cargo xtask ci                       format check, clippy, tests, docs: the gate
-cargo xtask bench [FILTER...]        whole processes against real Nix, ratios in one run
+cargo xtask bench [FILTER...]        whole processes against real Nix, ratios in one run;
+                                     `memory`: what streams, with a file of 6 GiB (minutes)
 cargo xtask interop [TREE...]        differential run against real Nix (default: five real trees)
 cargo xtask fuzz [SECONDS [TARGET]]  every fuzz target, or one, for so long each (default 60)
 cargo xtask soak [SECONDS [PROCESSES]]  the long forms of the stress and crash tests (default 60, 8)
