@@ -122,22 +122,25 @@ fn start_plain(plan: &Plan, control: &OwnedFd) -> Step<(Pid, OwnedFd)> {
 }
 
 fn follow_plain(builder: Pid, signals: &OwnedFd, control: &OwnedFd) -> ! {
-    loop {
-        if wait_readable(control.as_fd(), signals.as_fd()) {
-            break;
-        }
+    let mut is_running = true;
+    let tell = |status| drop(Report::Ended(status).send(control.as_fd()));
+    while !wait_readable(control.as_fd(), signals.as_fd()) {
         sys::drain(signals.as_fd());
         while let Ok(Some((pid, status))) = sys::wait_any(libc::WNOHANG) {
             if pid == builder {
-                drop(Report::Ended(status).send(control.as_fd()));
+                is_running = false;
+                tell(status);
             }
         }
     }
-    // The builder's group first: it may be large, and this takes it all at once.
-    let _ = rustix::process::kill_process_group(builder, Signal::KILL);
+    if is_running {
+        // The group may be large, and this takes it all at once. Once the builder is reaped its
+        // number may be anybody's.
+        let _ = rustix::process::kill_process_group(builder, Signal::KILL);
+    }
     kill::kill_descendants(|pid, status| {
         if pid == builder {
-            drop(Report::Ended(status).send(control.as_fd()));
+            tell(status);
         }
     });
     sys::exit(0)

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use larder_sandbox::launch::{LaunchError, Launcher, launch};
+use larder_sandbox::launch::{Ended, LaunchError, Launcher, launch};
 use larder_sandbox::plan::Bind;
 use larder_sandbox::support::support;
 
@@ -169,6 +169,22 @@ fn a_killed_caller_leaves_nothing() {
     // The launchers notice by themselves, so that there is nobody to wait for.
     while all.iter().any(|pid| is_alive(*pid)) {
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Nor does a launcher that is killed.
+#[test]
+fn a_killed_launcher_leaves_nothing() {
+    let house = House::new();
+    for plan in [house.plan("echo ready; sleep 1000"), house.plain("echo ready; exec sleep 1000")] {
+        let mut child = start(&plan);
+        log_until(&mut child, "ready");
+        let all = descendants(child.id());
+        rustix::process::pidfd_send_signal(child.pidfd(), rustix::process::Signal::KILL).unwrap();
+        assert_eq!(child.wait().unwrap(), Ended::Signalled(9));
+        while all.iter().any(|pid| is_alive(*pid)) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

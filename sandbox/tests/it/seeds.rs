@@ -118,8 +118,10 @@ fn s102_orphans_are_reaped_and_what_is_left_is_killed() {
 #[test]
 fn s103_host_and_domain_name() {
     let house = House::new();
-    let log = log_of(&house.plan("uname -n; cat /proc/sys/kernel/hostname /proc/sys/kernel/domainname"));
-    assert_eq!(log, "localhost\nlocalhost\n(none)\n");
+    let script =
+        "uname -n; cat /proc/sys/kernel/hostname /proc/sys/kernel/domainname; cut -d: -f3 /proc/self/cgroup | sort -u";
+    let log = log_of(&house.plan(script));
+    assert_eq!(log, "localhost\nlocalhost\n(none)\n/\n", "and no control groups but its own");
     let own = rustix::system::uname();
     assert_ne!(own.domainname().to_bytes(), b"", "the host's is still there");
 }
