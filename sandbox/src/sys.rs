@@ -160,10 +160,15 @@ fn empty_signals() -> libc::sigset_t {
 /// Gives every signal its default meaning and blocks none.
 pub(crate) fn default_signals() {
     let none = empty_signals();
-    for signal in 1..=libc::SIGRTMAX() {
-        // The two that cannot be changed, and those that the C library keeps, give errors.
-        // SAFETY: no handler is installed.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    // `struct sigaction` of the kernel, all zero: the default, no flags, an empty mask. Not by way
+    // of the C library, which refuses to touch two signals of its own that may be ignored too.
+    let default = [0_u64; 4];
+    for signal in 1..=64 as libc::c_long {
+        // The two that cannot be changed give errors.
+        // SAFETY: the structure is at most as large as that; no handler is installed.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), 8_usize);
+        }
     }
     // SAFETY: the set is ours.
     unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()) };

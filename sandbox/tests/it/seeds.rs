@@ -191,7 +191,8 @@ fn s108_fixed_outputs_have_the_network() {
 #[test]
 fn standard_streams() {
     let house = House::new();
-    let script = "readlink /proc/self/fd/0; stat -L -c '%a %u' /proc/self/fd/1; { stty -a <&3 | grep -o -e -opost; } 3>&1; \
+    let script = "grep -E '^Sig(Ign|Blk)' /proc/self/status; ulimit -c; \
+        test $(stat -L -c %u /proc/self/fd/1) = $(id -u) || exit 1; readlink /proc/self/fd/0; stat -L -c '%a %u' /proc/self/fd/1; { stty -a <&3 | grep -o -e -opost; } 3>&1; \
         cat; ls -1 /proc/self/fd; ps -o sid= -p $$ | tr -d ' '; echo $$; umask; echo a >/dev/stderr; printf '\\0\\377\\r\\n'";
     // A descriptor that a careless caller has left open for everyone.
     let leak = std::fs::File::open("/dev/zero").unwrap();
@@ -205,6 +206,9 @@ fn standard_streams() {
         assert!(log.ends_with(end), "bytes pass as they are: {log:?}");
         let text = String::from_utf8_lossy(&log[..log.len() - end.len()]).into_owned();
         let lines: Vec<&str> = text.lines().collect();
+        let none = "\t0000000000000000";
+        assert_eq!(lines[..3], [format!("SigBlk:{none}"), format!("SigIgn:{none}"), "0".into()]);
+        let lines = &lines[3..];
         assert_eq!(lines[0], "/dev/null");
         assert!(lines[1].starts_with("600 "), "{text}");
         assert_eq!(lines[2..7], ["-opost", "0", "1", "2", "3"], "3 is the listed directory itself");
@@ -259,6 +263,26 @@ fn binds_are_read_only_with_everything_below() {
     assert!(house.build.join("ok").exists());
     assert_eq!(std::fs::read_dir(&shared).unwrap().count(), 1);
     assert_eq!(std::fs::read_dir(shared.join("below")).unwrap().count(), 0);
+}
+
+/// The host's mounts are gone, those of the plan are there.
+#[test]
+fn mounts_are_those_of_the_plan() {
+    let house = House::new();
+    let mut plan = house.plan("cut -d' ' -f5 /proc/self/mountinfo | sort");
+    // No mounts of the host below it, which would show too.
+    root_of(&mut plan).binds.retain(|bind| bind.target != Path::new("/usr"));
+    root_of(&mut plan).binds.push(Bind { recursive: !is_root(), ..Bind::same("/usr") });
+    let log = log_of(&plan);
+    let mut expected: Vec<String> =
+        root_of(&mut plan).binds.iter().map(|bind| bind.target.to_str().unwrap().to_owned()).collect();
+    let devices = ["full", "null", "pts", "random", "shm", "tty", "urandom", "zero"];
+    expected.extend(devices.map(|name| format!("/dev/{name}")));
+    expected.extend(["/", "/proc"].map(String::from));
+    let mut found: Vec<&str> = log.lines().collect();
+    expected.sort();
+    found.sort_unstable();
+    assert_eq!(found, expected);
 }
 
 /// Nothing is made in directories of the host.
