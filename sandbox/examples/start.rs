@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::args_os().nth(1).is_some_and(|word| word == LAUNCHER_WORD) {
         launcher_main();
     }
-    let rounds = std::env::args().nth(1).map_or(Ok(100), |n| n.parse())?;
+    let rounds = std::env::args().nth(1).map_or(Ok(100_u32), |n| n.parse())?;
     for (name, user_namespace, is_sandboxed) in
         [("no sandbox", false, false), ("sandbox", false, true), ("sandbox with user namespace", true, true)]
     {
@@ -24,6 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if is_sandboxed && !user_namespace && !is_root {
             continue;
         }
+        let before = cpu_ticks()?;
         let mut times: [Vec<Duration>; 3] = [const { Vec::new() }; 3];
         for _ in 0..rounds {
             let top = tempfile::tempdir()?;
@@ -47,9 +48,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             times.sort_unstable();
             times.get(times.len() / 2).copied().unwrap_or_default()
         });
-        println!("{name}: ready {ready:.2?}, first output {first:.2?}, end {all:.2?} (medians of {rounds})");
+        let cpu = Duration::from_millis(10) * (cpu_ticks()? - before) / rounds;
+        println!("{name}: ready {ready:.2?}, first output {first:.2?}, end {all:.2?}, CPU {cpu:.2?} ({rounds} rounds)");
     }
     Ok(())
+}
+
+/// Hundredths of a second that this process and its children have used.
+fn cpu_ticks() -> Result<u32, Box<dyn std::error::Error>> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rsplit_once(") ").ok_or("no fields")?.1.split(' ');
+    Ok(fields.skip(11).take(4).map(str::parse::<u32>).sum::<Result<u32, _>>()?)
 }
 
 fn plan(top: &std::path::Path, is_root: bool, user_namespace: bool, is_sandboxed: bool) -> Plan {

@@ -98,6 +98,10 @@ fn s101_processes_are_their_own() {
     assert_eq!(seen, ["1", "2"], "the reaper and the shell");
     let all = descendants(child.id());
     assert_eq!(all.len(), 4, "launcher, reaper, shell, sleep: {all:?}");
+    let reaper = std::fs::read_to_string(format!("/proc/{}/status", all[1])).unwrap();
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert!(reaper.contains(&format!("{set}:\t0000000000000000\n")), "{reaper}");
+    }
     child.kill();
     assert_eq!(child.wait().unwrap(), Ended::Signalled(9));
     assert!(!all.iter().any(|pid| is_alive(*pid)), "all are gone when the wait is over");
@@ -117,13 +121,20 @@ fn s102_orphans_are_reaped_and_what_is_left_is_killed() {
 
 #[test]
 fn s103_host_and_domain_name() {
+    let own = || {
+        let names = rustix::system::uname();
+        [names.nodename(), names.domainname()].map(std::ffi::CStr::to_owned)
+    };
+    let before = own();
     let house = House::new();
     let script =
         "uname -n; cat /proc/sys/kernel/hostname /proc/sys/kernel/domainname; cut -d: -f3 /proc/self/cgroup | sort -u";
+    let mut plan = house.plan("cat /proc/sys/kernel/domainname");
+    root_of(&mut plan).domain_name = "elsewhere".into();
+    assert_eq!(log_of(&plan), "elsewhere\n");
     let log = log_of(&house.plan(script));
     assert_eq!(log, "localhost\nlocalhost\n(none)\n/\n", "and no control groups but its own");
-    let own = rustix::system::uname();
-    assert_ne!(own.domainname().to_bytes(), b"", "the host's is still there");
+    assert_eq!(own(), before, "the host's");
 }
 
 #[test]
