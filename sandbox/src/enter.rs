@@ -38,8 +38,9 @@ const JOB_BYTES: u64 = 64 << 20;
 /// What the launcher does instead of being the program; call it before there are threads.
 pub fn launcher_main() -> ! {
     let (Ok(control), Ok(job)) = (sys::take_fd(sys::CONTROL), sys::take_fd(sys::JOB)) else {
-        // Somebody typed the word; there is nobody to report to.
-        sys::exit(2)
+        // Somebody typed the word.
+        sys::write_log(b"error: this is how builders are started, and no command\n");
+        sys::exit(1)
     };
     let told = control.try_clone();
     std::panic::set_hook(Box::new(move |panic| {

@@ -277,6 +277,13 @@ fn what_is_wrong_is_named() {
 }
 
 #[test]
+fn the_hidden_word_is_no_command() {
+    let output = Command::new(launcher().program).arg(larder_sandbox::launch::LAUNCHER_WORD).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.stderr, b"error: this is how builders are started, and no command\n");
+}
+
+#[test]
 fn support_is_what_works() {
     let support = support(&launcher()).unwrap();
     assert!(support.has_sandbox(), "{support:?}");
