@@ -8,12 +8,15 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 mod collections;
+mod crash;
 mod garbage;
 mod hashes;
 mod house;
 mod interop;
+mod limits;
 mod people;
 mod process;
+mod stress;
 mod tidy;
 mod vectors;
 mod without_store;

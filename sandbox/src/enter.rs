@@ -58,8 +58,9 @@ pub const INSIDE_PREFIX: &str = "builtin:";
 /// What the launcher does instead of being the program; call it before there are threads.
 pub fn launcher_main() -> ! {
     let (Ok(control), Ok(job)) = (sys::take_fd(sys::CONTROL), sys::take_fd(sys::JOB)) else {
-        // Somebody typed the word; there is nobody to report to.
-        sys::exit(2)
+        // Somebody typed the word.
+        sys::write_log(b"error: this is how builders are started, and no command\n");
+        sys::exit(1)
     };
     let told = control.try_clone();
     std::panic::set_hook(Box::new(move |panic| {
@@ -142,22 +143,25 @@ fn start_plain(plan: &Plan, control: &OwnedFd) -> Step<(Pid, OwnedFd)> {
 }
 
 fn follow_plain(builder: Pid, signals: &OwnedFd, control: &OwnedFd) -> ! {
-    loop {
-        if wait_readable(control.as_fd(), signals.as_fd()) {
-            break;
-        }
+    let mut is_running = true;
+    let tell = |status| drop(Report::Ended(status).send(control.as_fd()));
+    while !wait_readable(control.as_fd(), signals.as_fd()) {
         sys::drain(signals.as_fd());
         while let Ok(Some((pid, status))) = sys::wait_any(libc::WNOHANG) {
             if pid == builder {
-                drop(Report::Ended(status).send(control.as_fd()));
+                is_running = false;
+                tell(status);
             }
         }
     }
-    // The builder's group first: it may be large, and this takes it all at once.
-    let _ = rustix::process::kill_process_group(builder, Signal::KILL);
+    if is_running {
+        // The group may be large, and this takes it all at once. Once the builder is reaped its
+        // number may be anybody's.
+        let _ = rustix::process::kill_process_group(builder, Signal::KILL);
+    }
     kill::kill_descendants(|pid, status| {
         if pid == builder {
-            drop(Report::Ended(status).send(control.as_fd()));
+            tell(status);
         }
     });
     sys::exit(0)
