@@ -299,7 +299,7 @@ mod tests {
     fn lengths() {
         let (_dir, layout, drv) = place();
         for length in [0, 1, SHORT_BYTES - 1, SHORT_BYTES, SHORT_BYTES + 1, 3 * SHORT_BYTES, 2_000_000] {
-            let text: Vec<u8> = (0..length).map(|n| (n % 251) as u8).collect();
+            let text: Vec<u8> = (0..=250).cycle().take(length).collect();
             let mut log = LogWriter::create(&layout, &drv, Form::Compressed).unwrap();
             text.chunks(1000).for_each(|piece| log.write(piece).unwrap());
             log.finish().unwrap();

@@ -59,8 +59,6 @@ pub enum EnvironmentError {
     Attribute(#[from] AttributeError),
     #[error("{what} of the builder has a NUL byte, which no program can be given")]
     Nul { what: &'static str },
-    #[error("environment variable '{}' of the builder has an impossible name", String::from_utf8_lossy(name).escape_default())]
-    Name { name: Vec<u8> },
 }
 
 /// Replaces what stands for the paths of a build by what they are.
@@ -175,10 +173,9 @@ impl Prepared {
         };
         nul("the path", &self.program)?;
         self.args.iter().try_for_each(|arg| nul("an argument", arg))?;
+        // What else a name may be is left to the builder, as in real Nix.
         for (name, value) in &self.env {
-            if name.is_empty() || name.contains(&b'=') || name.contains(&0) {
-                return Err(EnvironmentError::Name { name: name.clone() });
-            }
+            nul("the name of a variable", name)?;
             nul("a variable", value)?;
         }
         Ok(())

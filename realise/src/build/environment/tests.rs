@@ -175,7 +175,7 @@ fn paths_are_replaced() {
 
 #[test]
 fn what_no_program_can_be_given() {
-    for env in [[("a", "x\0y")], [("a\0", "x")], [("", "x")], [("a=b", "x")]] {
+    for env in [[("a", "x\0y")], [("a\0", "x")]] {
         assert!(run(&drv_with(&env), Kind::InputAddressed, &BTreeMap::new(), BTreeMap::new(), &[]).is_err());
     }
 }
