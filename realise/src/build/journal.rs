@@ -3,13 +3,14 @@
 //!
 //! Each running build has a file `$V/larder/builds/<pid>-<n>`, locked while it runs. A file that
 //! nobody has locked belongs to a build that died. Records are `KIND TEXT NUL`:
-//! - `making PATH`: a build directory is about to be made; it is deleted if it is empty;
-//! - `made DEVICE:INODE PATH`: it has been made, and is deleted if it still is that;
+//! - `making PATH`: a build directory is about to be made under a name that nobody else uses;
+//! - `made DEVICE:INODE PATH`: it gets this name, and is deleted if it still is that;
 //! - `user UID`: processes of this build user are ours, unless someone else has taken its lock;
 //! - `entry DEVICE:INODE NAME`: an entry of the store directory (a sandbox's root), as above.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read as _};
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ use larder_fs::layout::{Layout, make_dirs};
 use larder_fs::lock_file::{LockFile, Sharing, Wait};
 use larder_fs::remove::{self, OnFailure};
 use larder_store::LocalStore;
+
+use super::tempdir::Notes;
 
 /// The longest journal that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -60,30 +63,31 @@ impl Journal {
         Ok(())
     }
 
-    /// A build directory is about to be made.
-    pub fn making(&self, path: &Path) -> Result<(), FileError> {
-        self.write("making", path.as_os_str().as_bytes())
-    }
-
     /// Processes of this user may be left.
     pub fn user(&self, uid: u32) -> Result<(), FileError> {
         self.write("user", uid.to_string().as_bytes())
     }
 
-    /// The build directory has been made.
-    pub fn made(&self, path: &Path) -> Result<(), FileError> {
-        self.identified("made", path, path.as_os_str())
-    }
-
     /// This entry of the store directory has been made.
     pub fn entry(&self, store: &Path, name: &OsStr) -> Result<(), FileError> {
-        self.identified("entry", &store.join(name), name)
+        let path = store.join(name);
+        let meta = std::fs::symlink_metadata(&path).at("getting status of", &path)?;
+        self.identified("entry", (meta.dev(), meta.ino()), name)
     }
 
-    fn identified(&self, kind: &str, path: &Path, name: &OsStr) -> Result<(), FileError> {
-        let meta = std::fs::symlink_metadata(path).at("getting status of", path)?;
-        let text = [format!("{}:{} ", meta.dev(), meta.ino()).as_bytes(), name.as_bytes()].concat();
-        self.write(kind, &text)
+    fn identified(&self, kind: &str, (device, inode): Identity, name: &OsStr) -> Result<(), FileError> {
+        self.write(kind, &[format!("{device}:{inode} ").as_bytes(), name.as_bytes()].concat())
+    }
+}
+
+impl Notes for Journal {
+    fn making(&self, path: &Path) -> Result<(), FileError> {
+        self.write("making", path.as_os_str().as_bytes())
+    }
+
+    fn naming(&self, dir: BorrowedFd<'_>, path: &Path) -> Result<(), FileError> {
+        let status = rustix::fs::fstat(dir).at("getting status of", path)?;
+        self.identified("made", (status.st_dev, status.st_ino), path.as_os_str())
     }
 }
 
@@ -169,8 +173,12 @@ fn clean_one(store: &LocalStore, path: &Path, kill: &dyn Fn(u32) -> io::Result<(
     }
     for record in records {
         match record {
-            // Another build may have made a directory of that name, but then it is not empty.
-            Record::Making(path) => drop(std::fs::remove_dir(path)),
+            Record::Making(path) => {
+                let ours = rustix::process::geteuid().as_raw();
+                if std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir() && meta.uid() == ours) {
+                    remove::remove_path(&path, OnFailure::Stop).map_err(FileError::from)?;
+                }
+            }
             Record::Made(identity, path) => remove_if(&path, identity)?,
             Record::Entry(identity, name) => remove_if(&store.layout().real_store.join(name), identity)?,
             Record::User(_) => {}
@@ -200,6 +208,7 @@ mod tests {
     use larder_fs::layout::Access;
     use larder_store::Options;
     use std::cell::RefCell;
+    use std::os::fd::AsFd as _;
     use std::sync::Arc;
 
     #[test]
@@ -226,9 +235,11 @@ mod tests {
         let make = |name: &str| {
             let journal = Journal::begin(store.layout()).unwrap();
             let temp = root.path().join(format!("nix-build-{name}-0"));
-            journal.making(&temp).unwrap();
             std::fs::create_dir_all(temp.join("build/x")).unwrap();
-            journal.made(&temp).unwrap();
+            journal.naming(std::fs::File::open(&temp).unwrap().as_fd(), &temp).unwrap();
+            let unnamed = root.path().join(format!(".unnamed-{name}"));
+            journal.making(&unnamed).unwrap();
+            std::fs::create_dir(&unnamed).unwrap();
             std::fs::create_dir(real.join(name)).unwrap();
             journal.entry(&real, OsStr::new(name)).unwrap();
             journal.user(40001).unwrap();
@@ -253,6 +264,8 @@ mod tests {
         assert_eq!(*killed.borrow(), [40001, 40001]);
         assert!(living_temp.exists() && real.join("living.chroot").exists());
         assert!(!dead_temp.exists() && !real.join("dead.chroot").exists());
+        assert!(root.path().join(".unnamed-living.chroot").exists());
+        assert!(!root.path().join(".unnamed-dead.chroot").exists());
         assert!(real.join("moved.chroot").exists());
         assert_eq!(std::fs::read_dir(directory(store.layout())).unwrap().count(), 1);
         drop(living);

@@ -90,8 +90,7 @@ fn once(
     let owner = user.map(|user| Owner { uid: user.uid, gid: user.gid });
     let base = values.build_dir.get().map_or(build.settings.temp_dir.as_path(), |dir| dir.as_std_path());
     let drv_name = build.job.drv_path.name().as_str();
-    let temp = TempDir::create(base, drv_name, owner, |path| journal.making(path))?;
-    journal.made(&temp.outer_path())?;
+    let temp = TempDir::create(base, drv_name, owner, &journal)?;
     let prepared = give(build, sandboxed, &temp)?;
     let chroot = if sandboxed { Some(Chroot::create(build, user, &journal)?) } else { None };
     let plan = chroot::plan(build, &prepared, &temp, user, chroot.as_ref())?;

@@ -11,11 +11,12 @@ use std::io;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use larder_fs::entry::Target;
 use larder_fs::file_error::{At as _, FileError};
 use larder_fs::remove::{self, OnFailure};
-use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, RenameFlags, Uid};
 use rustix::io::Errno;
 
 /// The name of the builder's part.
@@ -40,40 +41,60 @@ pub struct TempDir {
     kept: bool,
 }
 
+/// A name that no other process, nor another time, has.
+fn unique_name() -> OsString {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+    OsString::from(format!(".larder-build-{}-{count}-{time}", std::process::id()))
+}
+
 fn open_dir(dir: BorrowedFd<'_>, name: impl rustix::path::Arg) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(dir, name, flags, Mode::empty())
 }
 
+/// Who hears of a build directory before and after it is made, see [`super::journal`].
+pub trait Notes {
+    /// A directory of this name, which nobody else uses, is about to be made.
+    fn making(&self, path: &Path) -> Result<(), FileError>;
+    /// That one is about to get this name.
+    fn naming(&self, dir: BorrowedFd<'_>, path: &Path) -> Result<(), FileError>;
+}
+
 impl TempDir {
-    /// Makes one below `base`. `about` hears of the name before the directory is there.
-    pub fn create(
-        base: &Path,
-        drv_name: &str,
-        owner: Option<Owner>,
-        mut about: impl FnMut(&Path) -> Result<(), FileError>,
-    ) -> Result<Self, FileError> {
+    /// Makes one below `base`.
+    ///
+    /// It is whole before it has its name, so that a crash leaves nothing that could be taken for
+    /// somebody else's.
+    pub fn create(base: &Path, drv_name: &str, owner: Option<Owner>, notes: &dyn Notes) -> Result<Self, FileError> {
         const DOING: &str = "creating build directory";
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let base_fd = rustix::fs::openat(CWD, base, flags, Mode::empty()).at("opening directory", base)?;
+        let name = unique_name();
+        let path = base.join(&name);
+        notes.making(&path)?;
+        rustix::fs::mkdirat(&base_fd, &name, Mode::RWXU).at(DOING, &path)?;
+        let outer = open_dir(base_fd.as_fd(), &name).at("opening directory", &path)?;
+        rustix::fs::mkdirat(&outer, INNER, Mode::RWXU).at(DOING, path.join(INNER))?;
+        let inner = open_dir(outer.as_fd(), INNER).at("opening directory", path.join(INNER))?;
+        let mut this = Self { base: base_fd, base_path: base.to_owned(), name, outer, inner, owner, kept: false };
+        this.give_away().at("changing owner of", &path)?;
         for n in 0u32.. {
             let name = OsString::from(format!("nix-build-{drv_name}-{n}"));
-            let path = base.join(&name);
-            if rustix::fs::statat(&base_fd, &name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            if rustix::fs::statat(&this.base, &name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
                 continue;
             }
-            about(&path)?;
-            match rustix::fs::mkdirat(&base_fd, &name, Mode::RWXU) {
-                Ok(()) => {}
-                Err(Errno::EXIST) => continue,
+            let path = base.join(&name);
+            notes.naming(this.outer.as_fd(), &path)?;
+            match rustix::fs::renameat_with(&this.base, &this.name, &this.base, &name, RenameFlags::NOREPLACE) {
+                Ok(()) => {
+                    this.name = name;
+                    return Ok(this);
+                }
+                Err(Errno::EXIST) => {}
                 Err(e) => return Err(FileError::new(DOING, path, e)),
             }
-            let outer = open_dir(base_fd.as_fd(), &name).at("opening directory", &path)?;
-            rustix::fs::mkdirat(&outer, INNER, Mode::RWXU).at(DOING, path.join(INNER))?;
-            let inner = open_dir(outer.as_fd(), INNER).at("opening directory", path.join(INNER))?;
-            let this = Self { base: base_fd, base_path: base.to_owned(), name, outer, inner, owner, kept: false };
-            this.give_away().at("changing owner of", &path)?;
-            return Ok(this);
         }
         Err(FileError::new(DOING, base, Errno::EXIST))
     }
@@ -167,12 +188,23 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
+    struct Nobody;
+
+    impl Notes for Nobody {
+        fn making(&self, _: &Path) -> Result<(), FileError> {
+            Ok(())
+        }
+        fn naming(&self, _: BorrowedFd<'_>, _: &Path) -> Result<(), FileError> {
+            Ok(())
+        }
+    }
+
     #[test]
     fn cve_2024_38531_closed_to_others() {
         let base = tempfile::tempdir().unwrap();
         let root = rustix::process::geteuid().is_root();
         let owner = root.then_some(Owner { uid: 40001, gid: 40000 });
-        let dir = TempDir::create(base.path(), "x.drv", owner, |_| Ok(())).unwrap();
+        let dir = TempDir::create(base.path(), "x.drv", owner, &Nobody).unwrap();
         assert_eq!(dir.outer_path(), base.path().join("nix-build-x.drv-0"));
         let outer = std::fs::metadata(dir.outer_path()).unwrap();
         let inner = std::fs::metadata(dir.path()).unwrap();
@@ -185,7 +217,7 @@ mod tests {
             assert_eq!(std::fs::metadata(dir.path().join("f")).unwrap().uid(), 40001);
         }
         assert!(dir.write("f", b"y", 0o644).is_err(), "nothing is written twice");
-        let second = TempDir::create(base.path(), "x.drv", owner, |_| Ok(())).unwrap();
+        let second = TempDir::create(base.path(), "x.drv", owner, &Nobody).unwrap();
         assert!(second.outer_path().ends_with("nix-build-x.drv-1"));
         // What the builder does to the modes does not keep it from going.
         std::fs::create_dir(second.path().join("d")).unwrap();

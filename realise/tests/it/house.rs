@@ -84,6 +84,15 @@ pub(crate) struct House {
     pub(crate) first_uid: u32,
 }
 
+impl Drop for House {
+    fn drop(&mut self) {
+        // An ordinary user cannot delete what is canonical before its modes are changed.
+        if self.dir.is_some() {
+            drop(larder_fs::remove::remove_path(&self.root, larder_fs::remove::OnFailure::Continue));
+        }
+    }
+}
+
 /// A derivation before its output paths are known.
 #[derive(Clone)]
 pub(crate) struct Recipe {
@@ -261,7 +270,18 @@ impl House {
     }
 
     pub(crate) fn run(&self, recipe: &Recipe, mode: Mode) -> Outcome {
-        build::run(&self.store, &self.settings, &self.job(recipe, mode), &self.seen)
+        let job = self.job(recipe, mode);
+        // A child that is just being started by another thread shares all descriptors, and so all
+        // locks, until it is another program.
+        for _ in 0..100 {
+            match build::run(&self.store, &self.settings, &job, &self.seen) {
+                Outcome::Locked { .. } | Outcome::NoBuildUser => {
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+                other => return other,
+            }
+        }
+        build::run(&self.store, &self.settings, &job, &self.seen)
     }
 
     /// Builds; the path of `out`.
