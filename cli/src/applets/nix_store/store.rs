@@ -73,7 +73,7 @@ impl Reporter for Voice {
 
 /// Opens the store that the settings and the environment choose.
 pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access) -> Result<LocalStore, Failure> {
-    let local = match choose(&settings.store, &cx.env, Facts::gather(&cx.env)?)? {
+    let local = match choose(&settings.store, &cx.env, Facts::gather(&cx.env, access == Access::ReadWrite)?)? {
         StoreChoice::Local(local) => local,
         StoreChoice::Daemon { socket } => {
             return Err(StoreOpError::NotLocal { uri: format!("unix://{}", socket.display()) }.into());
