@@ -105,12 +105,20 @@ fn processes_outside_are_not_signalled() {
 #[test]
 fn nothing_is_left_of_a_build_without_a_sandbox() {
     let house = House::new();
-    let script = "setsid sleep 1000 >/dev/null 2>&1 & (setsid sh -c 'sleep 1001 & sleep 1002' >/dev/null 2>&1 &) ; \
-        sleep 0.3; echo ready; read x </dev/null; sleep 0.2";
+    let script = "setsid sleep 1001 >/dev/null 2>&1 & \
+        (setsid sh -c 'sleep 1002 & sleep 1003' >/dev/null 2>&1 &); until test -e go; do sleep 0.1; done";
     let mut child = start(&house.plain(script));
-    log_until(&mut child, "ready");
-    let left: Vec<u32> = descendants(child.id());
-    assert!(left.len() >= 4, "{left:?}");
+    let is_sleeper = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with("sleep\x00100"))
+    };
+    let mut left = Vec::new();
+    while left.len() < 3 {
+        assert!(is_alive(child.id()));
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        left = descendants(child.id()).into_iter().filter(is_sleeper).collect();
+    }
+    std::fs::write(house.build.join("go"), "").unwrap();
+    assert!(std::io::read_to_string(child.log()).unwrap().is_empty());
     let ended = child.finish(std::time::Duration::from_mins(1)).unwrap();
     assert_eq!(ended, Ended::Exited(0));
     assert!(!left.iter().any(|pid| is_alive(*pid)), "{left:?}");
