@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 
 use larder_sandbox::launch::Ended;
-use larder_sandbox::plan::{Bind, Personality};
+use larder_sandbox::plan::{Bind, Isolation, Personality};
 
 use crate::house::{House, descendants, is_alive, is_root, log_of, log_until, root_of, run, start};
 use crate::twice::{has, is_inner, run_inner};
@@ -259,6 +259,22 @@ fn ids_inside_and_outside() {
         let log = log_of(plan);
         assert!(log.starts_with("30501\n30500 12\n"), "{log}");
         assert_eq!(log.matches("\t0000000000000000\n").count(), 5, "{log}");
+    }
+}
+
+/// `allow-new-privileges`, which takes rights that an ordinary user has only in a sandbox.
+#[test]
+fn new_privileges_may_be_allowed() {
+    let house = House::new();
+    let script = "grep NoNewPrivs /proc/self/status; touch f; chmod 4755 f 2>/dev/null || echo filtered";
+    for mut plan in [house.plan(script), house.plain(script)] {
+        plan.no_new_privileges = false;
+        if plan.isolation == Isolation::None && !is_root() {
+            let error = crate::house::try_run(&plan).unwrap_err().to_string();
+            assert!(error.ends_with("do not set 'allow-new-privileges'"), "{error}");
+        } else {
+            assert_eq!(log_of(&plan), "NoNewPrivs:\t0\nfiltered\n");
+        }
     }
 }
 
