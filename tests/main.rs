@@ -7,11 +7,16 @@
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
+mod collections;
+mod crash;
+mod garbage;
 mod hashes;
 mod house;
 mod interop;
+mod limits;
 mod people;
 mod process;
+mod stress;
 mod tidy;
 mod vectors;
 mod without_store;

@@ -4,14 +4,19 @@
 //! says; objects are real entries of the store directory (`larder-fs`).
 
 pub mod adoption;
+mod broom;
+pub mod collect;
 pub mod delete;
 mod derivations;
 pub mod error;
 pub mod foreign;
 pub mod ingest;
 pub mod local;
+pub mod optimise;
+pub mod plan;
 pub mod register;
 pub mod sqlite;
+pub mod survey;
 mod transfer;
 pub mod verify;
 
