@@ -1,6 +1,6 @@
 //! What launcher, reaper and builder tell whoever launched them.
 //!
-//! One message of a `SOCK_SEQPACKET` socket is one [`Report`] in postcard form.
+//! One message of a `SOCK_SEQPACKET` socket is one `Report` in postcard form.
 
 use std::fmt;
 use std::io;

@@ -92,10 +92,10 @@ fn s050_single_files() {
 #[test]
 fn s101_processes_are_their_own() {
     let house = House::new();
-    let mut child = start(&house.plan("cd /proc; echo [0-9]*; echo ready; sleep 1000"));
+    let mut child = start(&house.plan("sleep 1000 & cd /proc; echo [0-9]*; echo ready; wait"));
     let log = log_until(&mut child, "ready");
     let seen: Vec<&str> = log.lines().next().unwrap().split(' ').collect();
-    assert_eq!(seen, ["1", "2"], "the reaper and the shell");
+    assert_eq!(seen, ["1", "2", "3"], "the reaper, the shell and what it has started");
     let all = descendants(child.id());
     assert_eq!(all.len(), 4, "launcher, reaper, shell, sleep: {all:?}");
     let reaper = std::fs::read_to_string(format!("/proc/{}/status", all[1])).unwrap();
