@@ -28,7 +28,12 @@ pub struct Run {
 
 impl House {
     pub fn new() -> Self {
-        let dir = tempfile::Builder::new().prefix("larder-house-").tempdir().expect("a temporary directory");
+        Self::below(&std::env::temp_dir())
+    }
+
+    /// A house in a directory of one's choice.
+    pub fn below(parent: &Path) -> Self {
+        let dir = tempfile::Builder::new().prefix("larder-house-").tempdir_in(parent).expect("a temporary directory");
         for name in ["etc", "home", "work"] {
             std::fs::create_dir(dir.path().join(name)).expect("a directory in an empty one");
         }
@@ -125,6 +130,12 @@ impl Run {
     pub fn prints(&self, stdout: &str) {
         let wanted = Self { stdout: stdout.to_owned(), stderr: String::new(), status: Some(0) };
         assert_eq!(*self, wanted);
+    }
+
+    /// Success, and this on standard output, whatever is told besides.
+    #[track_caller]
+    pub fn prints_out(&self, stdout: &str) {
+        assert_eq!((self.stdout.as_str(), self.status), (stdout, Some(0)), "{}", self.stderr);
     }
 
     /// Status 1, nothing on standard output, and this error.

@@ -7,10 +7,13 @@
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 
 mod collections;
+mod crash;
+mod full_disk;
 mod garbage;
 mod hashes;
 mod house;
 mod interop;
 mod people;
 mod process;
+mod stress;
 mod without_store;

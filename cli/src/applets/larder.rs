@@ -1,5 +1,6 @@
 //! `larder`: the same store for people, with words instead of flags and JSON where output is data.
 
+mod check;
 mod garbage;
 mod links;
 
@@ -72,7 +73,9 @@ pub enum Command {
     /// Unpack a NAR
     Restore(Restore),
     /// Check the database, and the contents of paths
-    Verify(Verify),
+    Verify(check::Verify),
+    /// Look after the database
+    Db(check::Db),
     /// Tell what takes the space: the size of closures, and what only they need
     Du(Du),
     /// Delete what nothing needs, after telling what that is
@@ -188,21 +191,6 @@ pub struct Restore {
     /// File to read, instead of standard input
     #[arg(short, long, value_name = "FILE")]
     pub input: Option<PathBuf>,
-}
-
-#[derive(Debug, Args)]
-pub struct Verify {
-    /// Paths to check; all if there are none
-    #[arg(value_name = "PATH")]
-    pub paths: Vec<PathBuf>,
-    /// Also read and hash the contents
-    #[arg(short, long)]
-    pub contents: bool,
-    /// Mend what is found
-    #[arg(long)]
-    pub repair: bool,
-    #[command(flatten)]
-    pub json: Json,
 }
 
 #[derive(Debug, Args)]
@@ -332,6 +320,8 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Restore(args) => {
             restore_from(args.path.as_os_str(), restore_options(&settings), args.input.as_deref(), &cx.interrupt)?;
         }
+        Command::Verify(args) => return check::verify(cx, &settings, &args),
+        Command::Db(args) => return check::db(cx, &settings, &args),
         Command::Gc(args) => return garbage::collect(cx, &settings, &args),
         Command::Why(args) => return garbage::why(cx, &settings, &args),
         Command::Roots(args) => return garbage::roots(cx, &settings, &args),
