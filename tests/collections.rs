@@ -3,6 +3,7 @@
 //!
 //! The stores have derivations with several outputs, fixed outputs that many derivations could make,
 //! outputs that are not valid, derivers that are not valid or not known, and temporary roots.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;

@@ -2,6 +2,7 @@
 //! after each cut, and the next run finishes the work.
 //!
 //! `strace` does the cutting. One thread each, so that the calls come in one order.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 use std::path::Path;
 use std::process::Command;

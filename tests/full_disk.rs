@@ -1,4 +1,5 @@
 //! A disk without room, and one without inodes: the collector runs, and makes room.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
 //! Collecting garbage with `nix-store`.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;

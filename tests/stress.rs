@@ -3,6 +3,7 @@
 //!
 //! Each process is this test program again, with a role. It checks what it may rely on, and a fault
 //! ends it with words that the parent repeats.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
