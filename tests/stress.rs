@@ -75,7 +75,7 @@ fn read_all(store: &LocalStore, path: &StorePath) {
 
 fn adder(folder: &Path, random: &mut Random) {
     let store = open(folder, random.below(2) == 0);
-    for _ in 0..1 + random.below(4) {
+    for _ in 0..=random.below(4) {
         let n = random.below(OBJECTS);
         let (file, content) = source(folder, n);
         let path = store.add(&file, &content).unwrap();
@@ -97,7 +97,7 @@ fn adder(folder: &Path, random: &mut Random) {
 
 fn reader(folder: &Path, random: &mut Random) {
     let store = open(folder, false);
-    for _ in 0..1 + random.below(8) {
+    for _ in 0..=random.below(8) {
         let (file, content) = source(folder, random.below(OBJECTS));
         let path = store.content_path(&file, &content).unwrap();
         store.add_temp_roots([&path]).unwrap();
@@ -145,7 +145,7 @@ fn play(role: &str) {
 
 fn start(folder: &Path, role: &str, seed: u64) -> Child {
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "stress::soak_many_processes", "--nocapture", "--test-threads=1"])
+        .args(["--exact", "stress::s090_soak_many_processes", "--nocapture", "--test-threads=1"])
         .env(ROLE, format!("{role} {seed} {}", folder.display()))
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -161,7 +161,7 @@ fn finish(child: Child, role: &str) {
 }
 
 #[test]
-fn soak_many_processes() {
+fn s090_soak_many_processes() {
     if let Ok(role) = std::env::var(ROLE) {
         return play(&role);
     }
@@ -187,11 +187,11 @@ fn soak_many_processes() {
     let (mut starts, mut kills) = (0, 0);
     let since = Instant::now();
     while since.elapsed() < Duration::from_secs(seconds) {
-        for n in 0..roles.len() {
+        for (n, role) in roles.iter().enumerate() {
             if !children.iter().any(|(at, _)| *at == n) {
                 seed += 1;
                 starts += 1;
-                children.push((n, start(folder, roles[n], seed * 7919)));
+                children.push((n, start(folder, role, seed * 7919)));
             }
         }
         std::thread::sleep(Duration::from_millis(20 + random.below(120)));

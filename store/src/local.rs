@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use larder_core::derivation::modulo::Memo;
@@ -15,6 +16,7 @@ use larder_fs::temp_roots::TempRoots;
 use larder_fs::users::Users;
 use larder_store_db::{DbError, Mode, ReadTxn, StoreDb};
 
+use crate::adoption::Theirs;
 use crate::error::StoreError;
 
 /// What of the settings concerns a local store. All have the meaning of the setting of that name.
@@ -91,6 +93,8 @@ pub struct LocalStore {
     pub(crate) room: Mutex<crate::room::Room>,
     /// Hashes of derivations seen so far.
     pub(crate) derivations: Mutex<Memo>,
+    /// What real Nix has registered, once something asked.
+    pub(crate) theirs: Mutex<Option<Theirs>>,
 }
 
 impl std::fmt::Debug for LocalStore {
@@ -148,6 +152,7 @@ impl LocalStore {
             temp_roots: OnceLock::new(),
             room: Mutex::default(),
             derivations: Mutex::default(),
+            theirs: Mutex::default(),
         })
     }
 
@@ -196,6 +201,12 @@ impl LocalStore {
     /// Protects paths from collectors until this process ends.
     pub fn add_temp_roots<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) -> Result<(), StoreError> {
         Ok(self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone())).add_all(paths)?)
+    }
+
+    /// Makes a link that keeps a path from being collected; gives it as it was made.
+    pub fn add_permanent_root(&self, path: &StorePath, link: &Path) -> Result<PathBuf, StoreError> {
+        let temp_roots = self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone()));
+        Ok(larder_gc::add_root::add_permanent(&self.layout, temp_roots, path, link)?)
     }
 
     /// Asks the ledger; everything `f` asks is answered from one moment. `f` must be quick.

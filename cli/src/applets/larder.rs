@@ -1,5 +1,7 @@
 //! `larder`: the same store for people, with words instead of flags and JSON where output is data.
 
+mod asking;
+mod changing;
 mod check;
 mod garbage;
 mod links;
@@ -73,7 +75,7 @@ pub enum Command {
     /// Unpack a NAR
     Restore(Restore),
     /// Check the database, and the contents of paths
-    Verify(check::Verify),
+    Verify(Verify),
     /// Look after the database
     Db(check::Db),
     /// Tell what takes the space: the size of closures, and what only they need
@@ -194,6 +196,28 @@ pub struct Restore {
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag that was given or not")]
+pub struct Verify {
+    /// Paths to check; all if there are none
+    #[arg(value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// Check the database, and that all paths are there (the default)
+    #[arg(long, conflicts_with_all = ["contents", "resume", "paths"])]
+    pub quick: bool,
+    /// Also read and hash the contents
+    #[arg(short, long, visible_alias = "full")]
+    pub contents: bool,
+    /// Go on where a check of the contents was stopped
+    #[arg(long, conflicts_with = "paths")]
+    pub resume: bool,
+    /// Mend what is found
+    #[arg(long)]
+    pub repair: bool,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Debug, Args)]
 pub struct Du {
     /// Paths to measure; all roots if there are none
     #[arg(value_name = "PATH")]
@@ -216,7 +240,7 @@ pub struct Links {
 
 #[derive(Debug, Args)]
 pub struct Adopt {
-    /// Records to read, as written by `nix-store --dump-db`, instead of asking the nix-store in PATH
+    /// Records to read, as written by `nix-store --dump-db`, instead of the ledger of real Nix
     #[arg(long, value_name = "FILE")]
     pub from: Option<PathBuf>,
     /// Only tell what would be done
@@ -247,8 +271,6 @@ pub enum LarderError {
     Man { dir: PathBuf, source: io::Error },
     #[error("cannot write the manual page")]
     ManPage(#[source] io::Error),
-    #[error("this build of Larder cannot do that yet: it has no store")]
-    NoStore,
 }
 
 impl Global {
@@ -320,13 +342,17 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Restore(args) => {
             restore_from(args.path.as_os_str(), restore_options(&settings), args.input.as_deref(), &cx.interrupt)?;
         }
-        Command::Verify(args) => return check::verify(cx, &settings, &args),
-        Command::Db(args) => return check::db(cx, &settings, &args),
+        Command::Add(args) => changing::add(cx, &settings, &args)?,
+        Command::PathInfo(args) => asking::path_info(cx, &settings, &args)?,
+        Command::Closure(args) => asking::print_closure(cx, &settings, &args)?,
+        Command::Du(args) => asking::disk_usage(cx, &settings, &args)?,
+        Command::Verify(args) => return changing::verify(cx, &settings, &args),
+        Command::Adopt(args) => changing::adopt(cx, &settings, &args)?,
+        Command::Db(args) => check::db(cx, &settings, &args)?,
         Command::Gc(args) => return garbage::collect(cx, &settings, &args),
         Command::Why(args) => return garbage::why(cx, &settings, &args),
         Command::Roots(args) => return garbage::roots(cx, &settings, &args),
         Command::Optimise(args) => return garbage::optimise(cx, &settings, &args),
-        _ => return Err(LarderError::NoStore.into()),
     }
     Ok(Status::SUCCESS)
 }

@@ -28,7 +28,9 @@ fn half_dead(side: &Side, count: usize, random: &mut Random) -> Result<(), Faile
         refs.sort();
         refs.dedup();
         let _ = writeln!(text, "{path}\n{:064x}\n130\n\n{}", random.next(), refs.len());
-        refs.iter().for_each(|reference| drop(writeln!(text, "{reference}")));
+        for reference in refs {
+            let _ = writeln!(text, "{reference}");
+        }
         half.push(path);
     }
     let file = side.dir.with_extension("load");
