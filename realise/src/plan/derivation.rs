@@ -44,7 +44,7 @@ impl Plan {
         let all_there = goal.missing().next().is_none();
         match mode {
             Mode::Normal if all_there => {
-                self.finish(id, Ok(if tried { Success::Substituted } else { Success::AlreadyValid }));
+                self.succeed(id, if tried { Success::Substituted } else { Success::AlreadyValid });
             }
             Mode::Repair if all_there => {
                 self.goal_mut(id).state = State::Surveying;
@@ -177,17 +177,21 @@ impl Plan {
         self.make_ready(id);
     }
 
+    /// It is done, unless someone wanted another output meanwhile.
+    fn succeed(&mut self, id: Id, success: Success) {
+        if self.stop.is_none() && !covers(self.goal(id)) {
+            self.goal_mut(id).tried_fetch = false;
+            return self.ask(id);
+        }
+        self.finish(id, Ok(success));
+    }
+
     pub(super) fn built(&mut self, id: Id, built: Built) {
         match built {
             Built::Valid { outputs, made } => {
                 let goal = self.goal_mut(id);
                 goal.served.add(&Wanted::Only(outputs));
-                // Someone wanted another one meanwhile.
-                if self.stop.is_none() && !covers(self.goal(id)) {
-                    self.goal_mut(id).tried_fetch = false;
-                    return self.ask(id);
-                }
-                self.finish(id, Ok(if made { Success::Built } else { Success::AlreadyValid }));
+                self.succeed(id, if made { Success::Built } else { Success::AlreadyValid });
             }
             Built::Failed(failure) if failure.kind == FailureKind::Cancelled && self.stop.is_some() => {
                 self.goal_mut(id).state = State::Beaten;
@@ -227,6 +231,6 @@ impl Plan {
             return self.fail(id, GoalError::ClosureNotRepaired { drv });
         }
         let success = if self.goal(id).tried_fetch { Success::Substituted } else { Success::AlreadyValid };
-        self.finish(id, Ok(success));
+        self.succeed(id, success);
     }
 }

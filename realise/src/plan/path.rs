@@ -15,6 +15,8 @@ impl Plan {
         }
         let path = path_of(self.goal(id));
         match offer {
+            // It was looked at before anyone wanted it repaired.
+            Offer::Valid if std::mem::take(&mut self.goal_mut(id).restart) => self.ask(id),
             Offer::Valid => self.finish(id, Ok(Success::AlreadyValid)),
             _ if self.options.read_only => self.fail(id, GoalError::ReadOnly { path }),
             Offer::Nobody => {
