@@ -3,7 +3,9 @@
 //! What comes in comes through [`ingest`]; what is valid is what the ledger (`larder-store-db`)
 //! says; objects are real entries of the store directory (`larder-fs`).
 
+pub mod adopt;
 pub mod adoption;
+pub mod closure;
 pub mod delete;
 mod derivations;
 pub mod error;

@@ -138,6 +138,11 @@ impl GoalError {
         }
     }
 
+    /// Is it worth a word? That nobody has a path the user knows from the list of what is missing.
+    pub const fn speaks(&self) -> bool {
+        matches!(self.class(), Class::Real)
+    }
+
     /// How it counts for whoever waits for the goal.
     pub(super) const fn class(&self) -> Class {
         match self {

@@ -27,7 +27,7 @@ impl Wanted {
     }
 
     /// Adds what another wants; says whether that is anything new.
-    pub(super) fn add(&mut self, other: &Self) -> bool {
+    pub fn add(&mut self, other: &Self) -> bool {
         match (&mut *self, other) {
             (Self::All, _) => false,
             (Self::Only(_), Self::All) => {
