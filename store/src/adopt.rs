@@ -236,7 +236,7 @@ impl LocalStore {
             let real = self.layout().real_store.join(&name);
             if self.is_valid(&info.path)? {
                 // Two renames, so that the path is missing for a moment only.
-                let old = self.old_name(&info.path);
+                let old = old_name(&info.path);
                 match rustix::fs::renameat(dir, &name, dir, &old) {
                     Ok(()) => aside.push(Aside { name: name.clone(), old }),
                     Err(Errno::NOENT) => {}
@@ -258,12 +258,6 @@ impl LocalStore {
             synced.map_err(|e| FileError::new("syncing", &self.layout().real_store, io::Error::from(e)))?;
         }
         self.ledger()?.register(batch).map_err(|error| StoreError::from(error).in_dir(self.dir()))
-    }
-
-    /// What a path that is replaced is called meanwhile. Collectors delete it, should we not.
-    fn old_name(&self, path: &StorePath) -> OsString {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        OsString::from(format!("{path}.old-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)))
     }
 
     /// Registers an object whose path follows from its contents, unless it is valid by now.
@@ -365,6 +359,12 @@ impl LocalStore {
 /// Is this the error of an output that the builder has not made?
 pub fn is_missing(error: &CanonError) -> bool {
     matches!(error, CanonError::File(error) if error.kind() == io::ErrorKind::NotFound)
+}
+
+/// What a path that is replaced is called meanwhile. Collectors delete it, should we not.
+fn old_name(path: &StorePath) -> OsString {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    OsString::from(format!("{path}.old-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)))
 }
 
 /// Renames a canonical object to a name in another directory.

@@ -100,12 +100,7 @@ pub(super) fn post_build(
 }
 
 /// Runs `diff-hook` on two outputs that should be equal, as the build user. Failures are told.
-pub(super) fn diff(
-    settings: &Settings,
-    reporter: &dyn Reporter,
-    words: [&OsStr; 4],
-    user: Option<Owner>,
-) {
+pub(super) fn diff(settings: &Settings, reporter: &dyn Reporter, words: [&OsStr; 4], user: Option<Owner>) {
     let Some(hook) = settings.diff_hook.get().filter(|_| settings.run_diff_hook) else { return };
     let mut command = Command::new(hook);
     command.args(words).current_dir("/").stdin(Stdio::null());

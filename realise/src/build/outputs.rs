@@ -133,12 +133,7 @@ fn infos(collected: &Collected<'_>) -> BTreeMap<OutputName, PathInfo> {
 }
 
 /// The record of an output.
-fn describe(
-    build: &Build<'_>,
-    name: &OutputName,
-    path: &StorePath,
-    taken: &Taken<'_>,
-) -> Result<PathInfo, Failure> {
+fn describe(build: &Build<'_>, name: &OutputName, path: &StorePath, taken: &Taken<'_>) -> Result<PathInfo, Failure> {
     let mut info = PathInfo::new(path.clone(), taken.nar_hash(), taken.nar_size_bytes());
     info.deriver = Some(build.job.drv_path.clone());
     info.ultimate = true;
@@ -239,8 +234,7 @@ pub(super) fn sign(build: &Build<'_>, info: &mut PathInfo) -> Result<(), Failure
         let text =
             std::fs::read_to_string(file).map_err(|e| Failure::from(FileError::new("reading secret key", file, e)))?;
         let key = SecretKey::parse(text.trim()).map_err(|e| Failure::of(FailureKind::Misc, &e))?;
-        let signature =
-            key.sign_path(build.store.dir(), info).map_err(|e| Failure::of(FailureKind::Misc, &e))?;
+        let signature = key.sign_path(build.store.dir(), info).map_err(|e| Failure::of(FailureKind::Misc, &e))?;
         info.signatures.insert(signature);
     }
     Ok(())
@@ -251,12 +245,8 @@ pub(super) fn register(build: &Build<'_>, collected: Collected<'_>) -> Result<()
     let closure = |paths: &BTreeSet<StorePath>| Ok(build.store.infos(&build.store.closure(paths)?)?);
     let outputs: BTreeMap<OutputName, StorePath> =
         build.outputs.iter().map(|(name, place)| (name.clone(), place.path.clone())).collect();
-    let known = checks::Known {
-        dir: build.store.dir(),
-        drv_path: &build.job.drv_path,
-        outputs: &outputs,
-        closure: &closure,
-    };
+    let known =
+        checks::Known { dir: build.store.dir(), drv_path: &build.job.drv_path, outputs: &outputs, closure: &closure };
     checks::check(&infos(&collected), &build.attributes, &known)?;
     let mut outputs = Vec::with_capacity(collected.len());
     for mut output in collected.into_values() {

@@ -1,0 +1,1 @@
+//! Builders that are part of the program.

@@ -1,0 +1,4 @@
+//! Builds from the derivation to the ledger, with real builders.
+
+mod basics;
+mod house;
