@@ -134,7 +134,8 @@ impl Realiser<'_> {
         }
         // The driver ends tidily, and builders with it.
         let _hold = self.interrupt.hold();
-        let mut settings = BuildSettings::new(Arc::new(self.settings.clone()), larder_sandbox::launch::Launcher::default());
+        let mut settings =
+            BuildSettings::new(Arc::new(self.settings.clone()), larder_sandbox::launch::Launcher::default());
         settings.hides_log = !how.shows_logs;
         let builder = Here { store, settings };
         let view = BuildView::new(self.terminal, store.dir(), how.shows_logs);
