@@ -15,6 +15,8 @@ use crate::args::{ScanError, UsageError};
 use crate::conf::LoadError;
 use crate::interrupt::Interrupted;
 
+/// Set with every mask.
+const NOT_BUILT: u8 = 0x60;
 const TIMEOUT: u8 = 1;
 const HASH_MISMATCH: u8 = 2;
 const FAILED: u8 = 4;
@@ -41,7 +43,7 @@ impl Status {
         });
         match bits.fold(0, |mask, bits| mask | bits) {
             0 => Self::FAILURE,
-            mask => Self(96 | mask),
+            mask => Self(NOT_BUILT | mask),
         }
     }
 

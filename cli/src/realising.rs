@@ -37,6 +37,7 @@ pub enum TargetError {
 
 /// How to realise.
 #[derive(Debug, Clone, Copy)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag that was given or not")]
 pub struct How {
     pub mode: Mode,
     /// Only tell what would be done.
@@ -151,24 +152,21 @@ impl Realiser<'_> {
 
     fn tell_missing(&self, missing: &Missing, read_only: bool) {
         let dir = self.store.dir();
-        let mut text = String::new();
+        let say = |text: std::fmt::Arguments<'_>| self.terminal.message(Level::Info, text);
         match missing.will_build.len() {
             0 => {}
-            1 => text.push_str("this derivation will be built:\n"),
-            many => text.push_str(&format!("these {many} derivations will be built:\n")),
+            1 => say(format_args!("this derivation will be built:")),
+            many => say(format_args!("these {many} derivations will be built:")),
         }
         for path in &missing.will_build {
-            text.push_str(&format!("  {}\n", dir.display(path)));
+            say(format_args!("  {}", dir.display(path)));
         }
         if !missing.unknown.is_empty() {
             let why = if read_only { " (may be caused by read-only store access)" } else { "" };
-            text.push_str(&format!("don't know how to build these paths{why}:\n"));
+            say(format_args!("don't know how to build these paths{why}:"));
         }
         for path in &missing.unknown {
-            text.push_str(&format!("  {}\n", dir.display(path)));
-        }
-        for line in text.lines() {
-            self.terminal.message(Level::Info, format_args!("{line}"));
+            say(format_args!("  {}", dir.display(path)));
         }
     }
 

@@ -103,6 +103,7 @@ pub struct Json {
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag that was given or not")]
 pub struct Build {
     /// JSON files with derivations, or paths in the store: DRV, DRV^OUTPUT,...
     #[arg(required = true, value_name = "TARGET")]

@@ -6,6 +6,7 @@ use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 
+use larder_core::derivation::OutputName;
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
@@ -83,7 +84,7 @@ pub(super) fn realise(cx: &Context, settings: &Settings, common: &Common, args: 
     for (target, number) in targets.iter().zip(1usize..) {
         let mut printed: BTreeSet<Vec<u8>> = BTreeSet::new();
         for (output, path) in realiser.outputs(target)? {
-            let suffix = output.as_ref().map(|name| name.as_str()).filter(|name| *name != "out");
+            let suffix = output.as_ref().map(OutputName::as_str).filter(|name| *name != "out");
             printed.insert(match &args.roots.add_root {
                 None => store.dir().full(&path).into_bytes(),
                 Some(root) => {
