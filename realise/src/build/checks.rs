@@ -3,6 +3,7 @@
 //! Source: building, section 12.8; modern, section 7.6; `build_checks.json`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 
 use larder_core::derivation::OutputName;
 use larder_core::derivation::options::Attributes;
@@ -129,8 +130,10 @@ impl Rules {
             let listed = specified(list, known)?;
             let bad: Vec<&StorePath> = used.iter().filter(|path| listed.contains(*path) != allowed).collect();
             if !bad.is_empty() {
-                let bad: String = bad.iter().map(|path| format!("\n  {}", known.dir.display(path))).collect();
-                let text = format!("output '{shown}' is not allowed to refer to the following paths:{bad}");
+                let mut text = format!("output '{shown}' is not allowed to refer to the following paths:");
+                for path in bad {
+                    let _ = write!(text, "\n  {}", known.dir.display(path));
+                }
                 return Err(rejected(text));
             }
         }

@@ -279,13 +279,11 @@ fn parse_mount(text: &str) -> Result<Bind, Failure> {
     };
     let (target, source) = whole.split_once('=').unwrap_or((whole, whole));
     let clean = |path: &str| canonicalise(path.as_bytes()).map(|path| PathBuf::from(OsStr::from_bytes(&path)));
-    match (clean(target), clean(source)) {
-        (Some(target), Some(source)) => Ok(Bind { optional, ..Bind::writable(source, target) }),
-        _ => {
-            let text = format!("'{text}' in 'sandbox-paths' is neither an absolute path nor 'inside=outside'");
-            Err(Failure::new(FailureKind::Misc, text))
-        }
-    }
+    let (Some(target), Some(source)) = (clean(target), clean(source)) else {
+        let text = format!("'{text}' in 'sandbox-paths' is neither an absolute path nor 'inside=outside'");
+        return Err(Failure::new(FailureKind::Misc, text));
+    };
+    Ok(Bind { optional, ..Bind::writable(source, target) })
 }
 
 /// What nothing outside of a sandbox may have.

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
 
 use super::Build;
 use super::hooks;
@@ -36,7 +37,7 @@ pub(super) fn check(
             let temp = temp.path();
             let words = [path.as_os_str(), kept.as_os_str(), OsStr::new(&drv), temp.as_os_str()];
             hooks::diff(values, build.store.reporter(), words, user);
-            text.push_str(&format!(" from '{}'", kept.display()));
+            let _ = write!(text, " from '{}'", kept.display());
         }
         return Err(Failure::new(FailureKind::NotDeterministic, text));
     }

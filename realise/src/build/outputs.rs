@@ -89,7 +89,7 @@ pub(super) fn collect<'s>(build: &Build<'s>, left: &Left<'_>) -> Result<Collecte
         };
         let take = Take { way: left.way, candidates: &candidates, rewrites: &rewrites, also };
         let taken = build.store.take(left.target(OsStr::new(&entry)), &take)?;
-        let info = describe(build, name, &place.path, &taken)?;
+        let info = describe(build, name, &place.path, &taken);
         collected.insert(name.clone(), Output { taken, info });
     }
     let infos = infos(&collected);
@@ -133,7 +133,7 @@ fn infos(collected: &Collected<'_>) -> BTreeMap<OutputName, PathInfo> {
 }
 
 /// The record of an output.
-fn describe(build: &Build<'_>, name: &OutputName, path: &StorePath, taken: &Taken<'_>) -> Result<PathInfo, Failure> {
+fn describe(build: &Build<'_>, name: &OutputName, path: &StorePath, taken: &Taken<'_>) -> PathInfo {
     let mut info = PathInfo::new(path.clone(), taken.nar_hash(), taken.nar_size_bytes());
     info.deriver = Some(build.job.drv_path.clone());
     info.ultimate = true;
@@ -144,7 +144,7 @@ fn describe(build: &Build<'_>, name: &OutputName, path: &StorePath, taken: &Take
     if let Some(Declared::Fixed { address, .. }) = build.job.drv.outputs.get(name) {
         info.content_address = Some(address.clone());
     }
-    Ok(info)
+    info
 }
 
 /// `unsafeDiscardReferences.OUT`, of structured attributes only.

@@ -1,6 +1,7 @@
 //! Running one builder: its directory, its log, its limits, its end.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -382,12 +383,12 @@ fn judge(build: &Build<'_>, ended: Ended, tail: Vec<String>, temp: &TempDir) -> 
     let drv = build.shown_drv();
     let mut text = format!("builder for '{drv}' {how}");
     if build.settings.hides_log && !tail.is_empty() {
-        text.push_str(&format!(";\nlast {} log lines:", tail.len()));
+        let _ = write!(text, ";\nlast {} log lines:", tail.len());
         for line in tail {
             text.push_str("\n> ");
             text.push_str(&line);
         }
-        text.push_str(&format!("\nFor full logs, run 'nix log {drv}'."));
+        let _ = write!(text, "\nFor full logs, run 'nix log {drv}'.");
     }
     let store = &build.store.layout().real_store;
     let mut kind =

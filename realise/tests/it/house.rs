@@ -158,9 +158,9 @@ impl House {
         std::fs::create_dir(at("tmp")).unwrap();
         std::fs::write(at("group"), format!("lbuild:x:{GROUP}:lb1,lb2,lb3,lb4\n")).unwrap();
         let first_uid = first_uid();
-        let passwd: String =
-            (0..4).map(|n| format!("lb{}:x:{}:{GROUP}::/:/bin/false\n", n + 1, first_uid + n)).collect();
-        std::fs::write(at("passwd"), passwd).unwrap();
+        let passwd: Vec<String> =
+            (0..4).map(|n| format!("lb{}:x:{}:{GROUP}::/:/bin/false", n + 1, first_uid + n)).collect();
+        std::fs::write(at("passwd"), passwd.join("\n")).unwrap();
         let layout = Layout {
             store_dir: StoreDir::new(at("store").to_str().unwrap()).unwrap(),
             real_store: at("store"),
@@ -293,7 +293,7 @@ impl House {
         assert_eq!(names(&self.path("var/larder/builds")), [""; 0]);
         let odd: Vec<String> = names(&self.path("store"))
             .into_iter()
-            .filter(|name| name != ".links" && !name.ends_with(".lock"))
+            .filter(|name| name != ".links" && !name.contains(".lock"))
             .filter(|name| {
                 let path = StorePath::from_base_name(name.as_bytes());
                 !path.is_ok_and(|path| self.store.is_valid(&path).unwrap())
@@ -320,7 +320,8 @@ impl House {
     }
 
     pub(crate) fn said(&self) -> String {
-        self.said.0.lock().unwrap().iter().map(|(_, text)| format!("{text}\n")).collect()
+        let said = self.said.0.lock().unwrap();
+        said.iter().flat_map(|(_, text)| [text.as_str(), "\n"]).collect()
     }
 }
 

@@ -1,4 +1,10 @@
 //! Builds from the derivation to the ledger, with real builders.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests may panic")]
+#![allow(clippy::print_stdout, reason = "tests say what they skip")]
 
 mod basics;
+mod checks;
+mod given;
+mod hostile;
 mod house;
+mod limits;
