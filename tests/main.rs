@@ -9,6 +9,8 @@
 mod hashes;
 mod house;
 mod interop;
+mod interop_build;
 mod people;
 mod process;
+mod realise;
 mod without_store;
