@@ -3,6 +3,9 @@
 //! Runs where a `nix-store` is installed, and says so where not. The version matters little: what
 //! is compared here has been the same from 2.8 to 2.26, but for the words in `same_words`.
 
+mod adopt;
+mod store;
+
 use std::process::Command;
 
 use crate::house::{House, Run, run};

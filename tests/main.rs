@@ -5,6 +5,7 @@
 
 #![allow(unreachable_pub, reason = "modules of one test binary")]
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 mod hashes;
 mod house;
@@ -13,4 +14,6 @@ mod interop_build;
 mod people;
 mod process;
 mod realise;
+mod tidy;
+mod vectors;
 mod without_store;

@@ -44,6 +44,11 @@ pub enum StoreError {
     NotAdopted { ledger: PathBuf, count: u64, example: String },
     #[error("cannot tell whether real Nix has paths in '{}' that Larder does not know, so nothing may be deleted", ledger.display())]
     MayNotBeAdopted { ledger: PathBuf, source: ForeignError },
+    #[error(
+        "cannot replace '{path}', which real Nix has registered and which has other contents; \
+         'larder adopt' takes its registrations over"
+    )]
+    BelongsToRealNix { path: String },
     #[error("cannot take over the registrations of real Nix")]
     Adopt(#[from] ForeignError),
     #[error("the state folder '{}' has no ledger of real Nix", state.display())]

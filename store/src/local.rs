@@ -16,6 +16,7 @@ use larder_fs::temp_roots::TempRoots;
 use larder_fs::users::Users;
 use larder_store_db::{DbError, Mode, ReadTxn, StoreDb};
 
+use crate::adoption::Theirs;
 use crate::error::StoreError;
 
 /// What of the settings concerns a local store. All have the meaning of the setting of that name.
@@ -73,6 +74,8 @@ pub struct LocalStore {
     temp_roots: OnceLock<TempRoots>,
     /// Hashes of derivations seen so far.
     pub(crate) derivations: Mutex<Memo>,
+    /// What real Nix has registered, once something asked.
+    pub(crate) theirs: Mutex<Option<Theirs>>,
 }
 
 impl std::fmt::Debug for LocalStore {
@@ -129,6 +132,7 @@ impl LocalStore {
             db,
             temp_roots: OnceLock::new(),
             derivations: Mutex::default(),
+            theirs: Mutex::default(),
         })
     }
 

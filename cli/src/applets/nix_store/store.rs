@@ -1,7 +1,7 @@
 //! The operations of `nix-store` on a local store, but for queries.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use larder_core::content_address::Method;
 use larder_core::hash::Algorithm;
 use larder_core::report::{Level, Progress, Reporter};
 use larder_core::settings::Settings;
-use larder_core::store_path::{Name, NameError};
+use larder_core::store_path::{Name, NameError, StorePath};
 use larder_fs::layout::Access;
 use larder_fs::path_lock::HeldLocks;
 use larder_store::delete::DeleteOptions;
@@ -36,6 +36,10 @@ pub(in crate::applets) enum StoreOpError {
     NotLocal { uri: String },
     #[error("path '{path}' does not exist")]
     NoFile { path: String },
+    #[error("path '{path}' does not exist and cannot be created")]
+    CannotBeCreated { path: String },
+    #[error("path '{path}' is not a derivation")]
+    NoDerivation { path: String },
     #[error("'{path}' has no name that a store object could have")]
     NoName { path: String },
     #[error("'{name}' cannot be the name of a store object")]
@@ -177,10 +181,16 @@ pub(super) fn export(cx: &Context, settings: &Settings, paths: &[OsString]) -> R
 
 pub(super) fn import(cx: &Context, settings: &Settings) -> Result<(), Failure> {
     let store = open(cx, settings, Access::ReadWrite)?;
-    let mut out = Printer::new(Output::Listing);
+    // Printed when all is there: a stream that ends in an error prints nothing, as in real Nix.
+    let mut imported = Vec::new();
     store.import(io::stdin().lock(), |path| {
-        writeln!(out, "{}", store.dir().display(path)).map_err(larder_store::StoreError::Output)
+        imported.push(path.clone());
+        Ok(())
     })?;
+    let mut out = Printer::new(Output::Listing);
+    for path in &imported {
+        out.line(store.dir().display(path))?;
+    }
     Ok(out.finish()?)
 }
 
@@ -277,10 +287,21 @@ pub(in crate::applets) fn mib(bytes: u64) -> String {
 pub(super) fn print_env(cx: &Context, settings: &Settings, derivation: &OsStr) -> Result<(), Failure> {
     let store = open(cx, settings, Access::ReadOnly)?;
     let path = store.dir().parse(derivation.as_bytes())?;
-    store.info(&path)?;
+    must_be_there(&store, &path)?;
+    if !path.is_derivation() {
+        return Err(StoreOpError::NoDerivation { path: store.dir().full(&path) }.into());
+    }
     let mut out = Printer::new(Output::Listing);
     out.bytes(&larder_core::derivation::options::print_env(&store.derivation(&path)?))?;
     Ok(out.finish()?)
+}
+
+/// Fails for a derivation that is not valid and that nothing can bring.
+pub(super) fn must_be_there(store: &LocalStore, path: &StorePath) -> Result<(), Failure> {
+    if store.is_valid(path)? {
+        return Ok(());
+    }
+    Err(StoreOpError::CannotBeCreated { path: store.dir().full(path) }.into())
 }
 
 pub(super) fn query_failed_paths(cx: &Context, settings: &Settings) -> Result<(), Failure> {
