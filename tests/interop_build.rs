@@ -53,7 +53,6 @@ const SCENES: &str = "
 -r -k @bad @silent @good
 -r --ignore-unknown @bad!zork
 -r --quiet @bad
--r --quiet --quiet @bad
 -r --timeout 1 @slow
 -r --max-silent-time 1 @slow
 -l @good
@@ -100,7 +99,7 @@ rec {
   flat = d "flat" "printf fixed > $out" {
     outputHashAlgo = "sha256"; outputHashMode = "flat"; outputHash = builtins.hashString "sha256" "fixed"; };
   user = d "user" "cat $flat > $out; echo $flat >> $out" { inherit flat; impureEnvVars = [ "HOME" ]; };
-  self = d "self" "mkdir $out; echo $out > $out/self; ln $out/self $out/link; mkfifo p; chmod 777 $out" { };
+  self = d "self" "mkdir $out; echo $out > $out/self; ln $out/self $out/link; mkfifo p; chmod 700 $out" { };
   refs = d "refs" "echo $base > $out" {
     inherit base; allowedReferences = [ base ]; disallowedReferences = [ flat ]; allowedRequisites = [ base ]; };
   local = d "local" "echo > $out" { preferLocalBuild = true; allowSubstitutes = false; };

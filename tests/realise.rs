@@ -118,7 +118,10 @@ fn failures_have_their_texts_and_statuses() {
     let text = format!("error: builder for '{bad}' failed with exit code 3");
     fails(&["-r", &bad], &format!("{}hi\nthere\n{text}\n", building(&bad)), 100);
     let hidden = nix_store(&house, &["-r", "-Q", &bad]);
-    let tail = format!("{}{text};\n       last 2 log lines:\n       > hi\n       > there\n       For full logs, run", building(&bad));
+    let tail = format!(
+        "{}{text};\n       last 2 log lines:\n       > hi\n       > there\n       For full logs, run",
+        building(&bad)
+    );
     assert!(hidden.stderr.starts_with(&tail), "{hidden:?}");
     let text = format!("{}error: builder for '{killed}' failed due to signal 9 (Killed)\n", building(&killed));
     fails(&["-r", &killed], &text, 100);
@@ -128,7 +131,8 @@ fn failures_have_their_texts_and_statuses() {
     let mismatch = nix_store(&house, &["-r", &wrong]);
     assert!(mismatch.stderr.contains(&format!("error: hash mismatch in fixed-output derivation '{wrong}':\n")));
     assert_eq!(mismatch.status, Some(102));
-    let text = format!("{}error: builder for '{none}' failed to produce output path for output 'out' at '", building(&none));
+    let text =
+        format!("{}error: builder for '{none}' failed to produce output path for output 'out' at '", building(&none));
     let run = nix_store(&house, &["-r", &none]);
     assert!(run.stderr.starts_with(&text) && run.status == Some(1), "{run:?}");
     // With --keep-going all that can be is built, and the status has all bits.
@@ -249,6 +253,23 @@ fn queries_realise_on_demand() {
     assert_eq!(run.stderr, format!("building '{drv}'...\n"));
 }
 
+#[test]
+fn builds_are_traced_for_programs() {
+    let house = House::new();
+    let good = derivation(&house, "good", "echo > $out", "");
+    let bad = derivation(&house, "bad", "exit 1", "");
+    let run = nix_store(&house, &["-r", "-k", "--print-build-trace", &good, &bad]);
+    let lines: Vec<&str> = run.stderr.lines().filter(|line| line.starts_with("@ ")).collect();
+    let log = |drv: &str| {
+        let (front, rest) = drv.rsplit('/').next().unwrap().split_at(2);
+        format!("{}/log/drvs/{front}/{rest}.bz2", house.path().display())
+    };
+    let system = format!("{}-linux", std::env::consts::ARCH);
+    let started = |drv: &str| format!("@ build-started {drv} - {system} {}", log(drv));
+    let failed = format!("@ build-failed {bad} - 100 builder for '{bad}' failed with exit code 1");
+    assert_eq!(lines, [started(&bad), failed, started(&good), format!("@ build-succeeded {good} -")]);
+}
+
 /// Two builders each of which waits for the other: they do run at once.
 #[test]
 fn builders_run_side_by_side() {
@@ -309,9 +330,15 @@ fn people_write_derivations() {
         ("[]", "it in 'x.json' should be an object"),
         ("{", "'x.json' is not JSON: EOF while parsing an object at line 1 column 1"),
         (r#"{"builder": "b"}"#, "'x.json' is no derivation: the derivation has no key 'name'"),
-        (r#"{"name": "x", "builder": "b", "zork": 1}"#, "'x.json' is no derivation: the derivation has an unexpected key 'zork'"),
+        (
+            r#"{"name": "x", "builder": "b", "zork": 1}"#,
+            "'x.json' is no derivation: the derivation has an unexpected key 'zork'",
+        ),
         (r#"{"name": "x", "builder": "b", "files": {"src": 1}}"#, "files.src in 'x.json' should be the name of a file"),
-        (r#"{"name": "x", "builder": "b", "derivations": {"d": "x.json"}}"#, "'x.json' is deeper than 100 files; does it need itself?"),
+        (
+            r#"{"name": "x", "builder": "b", "derivations": {"d": "x.json"}}"#,
+            "'x.json' is deeper than 100 files; does it need itself?",
+        ),
     ] {
         add(text).fails(error);
     }

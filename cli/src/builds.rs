@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,8 +11,10 @@ use larder_core::report::{Level, Reporter as _};
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 use larder_realise::driver::Listener;
+use larder_realise::job::{Failure, FailureKind, Job};
 
 use crate::args::LogFormat;
+use crate::exit::Status;
 use crate::terminal::{Activity, Terminal, filter_log};
 
 /// Running builds that are shown, at most.
@@ -23,9 +26,27 @@ pub struct BuildView {
     terminal: Arc<Terminal>,
     dir: StoreDir,
     shows_logs: bool,
+    trace: Option<Trace>,
     live: Option<Live>,
     failed: AtomicUsize,
     activities: Mutex<HashMap<StorePath, Activity>>,
+}
+
+/// Lines about builds for programs (`--print-build-trace`, 1.x).
+#[derive(Debug)]
+pub struct Trace {
+    pub logs: PathBuf,
+    pub compressed: bool,
+}
+
+impl Trace {
+    /// Where the log of a build goes.
+    fn log(&self, drv: &StorePath) -> String {
+        let base = drv.to_string();
+        let (front, rest) = base.split_at(2);
+        let suffix = if self.compressed { ".bz2" } else { "" };
+        format!("{}/{front}/{rest}{suffix}", self.logs.display())
+    }
 }
 
 #[derive(Debug)]
@@ -43,7 +64,7 @@ pub fn shows_logs(terminal: &Terminal, format: LogFormat, no_build_output: bool)
 }
 
 impl BuildView {
-    pub fn new(terminal: &Arc<Terminal>, dir: &StoreDir, shows_logs: bool) -> Self {
+    pub fn new(terminal: &Arc<Terminal>, dir: &StoreDir, shows_logs: bool, trace: Option<Trace>) -> Self {
         let live = terminal.has_live().then(|| {
             let bars = MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(4));
             let total = bars.add(ProgressBar::new(0));
@@ -55,6 +76,7 @@ impl BuildView {
             terminal: Arc::clone(terminal),
             dir: dir.clone(),
             shows_logs,
+            trace,
             live,
             failed: AtomicUsize::new(0),
             activities: Mutex::default(),
@@ -76,8 +98,13 @@ fn style(template: &str) -> ProgressStyle {
 }
 
 impl Listener for BuildView {
-    fn started(&self, drv: &StorePath) {
+    fn started(&self, job: &Job) {
+        let drv = &job.drv_path;
         let full = self.dir.full(drv);
+        if let Some(trace) = &self.trace {
+            let log = trace.log(drv);
+            self.terminal.trace(format_args!("build-started {full} - {} {log}", job.drv.system));
+        }
         if let Some(activity) = self.terminal.begin_build(&full) {
             self.activities.lock().unwrap_or_else(PoisonError::into_inner).insert(drv.clone(), activity);
         }
@@ -106,11 +133,26 @@ impl Listener for BuildView {
         self.terminal.message(Level::Notice, format_args!("{}", expand_tabs(&shown)));
     }
 
-    fn ended(&self, drv: &StorePath, good: bool) {
+    fn ended(&self, drv: &StorePath, how: Result<(), &Failure>) {
+        if self.trace.is_some() {
+            let drv = self.dir.display(drv);
+            match how {
+                Ok(()) => self.terminal.trace(format_args!("build-succeeded {drv} -")),
+                Err(failure) => match failure.kind {
+                    FailureKind::TimedOut => self.terminal.trace(format_args!("build-failed {drv} - timeout")),
+                    FailureKind::Cached => self.terminal.trace(format_args!("build-failed {drv} - cached")),
+                    kind => {
+                        let status = Status::of_failures(&[kind].into()).code();
+                        let text = failure.text.replace('\n', " ");
+                        self.terminal.trace(format_args!("build-failed {drv} - {status} {text}"));
+                    }
+                },
+            }
+        }
         if let Some(activity) = self.activities.lock().unwrap_or_else(PoisonError::into_inner).remove(drv) {
             self.terminal.end_build(&activity);
         }
-        if !good {
+        if how.is_err() {
             self.failed.fetch_add(1, Ordering::Relaxed);
         }
         let Some(live) = &self.live else { return };

@@ -33,7 +33,7 @@ impl Status {
 
     /// The status of a run in which something was not built (cli, section 2): `96 | mask`, or 1 if
     /// no failure has a bit of its own.
-    fn of_failures(kinds: &BTreeSet<FailureKind>) -> Self {
+    pub(crate) fn of_failures(kinds: &BTreeSet<FailureKind>) -> Self {
         let bits = kinds.iter().map(|kind| match kind {
             FailureKind::TimedOut => TIMEOUT | FAILED,
             FailureKind::HashMismatch => HASH_MISMATCH | FAILED,

@@ -19,7 +19,7 @@ use larder_realise::plan::{Key, Target, Wanted};
 use larder_store::LocalStore;
 
 use crate::args::shown;
-use crate::builds::BuildView;
+use crate::builds::{BuildView, Trace};
 use crate::exit::Failure;
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::paths::{PathArgumentError, store_path};
@@ -49,6 +49,8 @@ pub struct How {
     /// Builders' output is shown as it comes.
     pub shows_logs: bool,
     pub read_only: bool,
+    /// Lines about builds for programs.
+    pub trace: bool,
 }
 
 impl How {
@@ -59,6 +61,7 @@ impl How {
         silent: false,
         shows_logs: true,
         read_only: false,
+        trace: false,
     };
 }
 
@@ -139,7 +142,9 @@ impl Realiser<'_> {
             BuildSettings::new(Arc::new(self.settings.clone()), larder_sandbox::launch::Launcher::default());
         settings.hides_log = !how.shows_logs;
         let builder = Here { store, settings };
-        let view = BuildView::new(self.terminal, store.dir(), how.shows_logs);
+        let trace =
+            how.trace.then(|| Trace { logs: store.layout().drv_logs(), compressed: self.settings.compress_build_log });
+        let view = BuildView::new(self.terminal, store.dir(), how.shows_logs, trace);
         let driver = Driver::new(store, self.settings, &derivations, &builder, &view).read_only(how.read_only);
         let report = driver.realise(&targets, how.mode);
         drop(view);

@@ -163,6 +163,11 @@ impl Terminal {
         self.bars && !self.is_json() && self.shows(Level::Notice)
     }
 
+    /// A line for programs that follow builds (1.x), whatever the verbosity.
+    pub fn trace(&self, text: fmt::Arguments<'_>) {
+        self.put(&format!("@ {text}\n"));
+    }
+
     /// Bars that are to be kept below what is written, from now on.
     pub fn set_live(&self, bars: Option<MultiProgress>) {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner).live = bars;

@@ -138,8 +138,8 @@ impl Listener for Ears {
     fn line(&self, drv: &StorePath, line: &[u8]) {
         self.0.lock().unwrap().push(format!("{}: {}", drv.name(), String::from_utf8_lossy(line)));
     }
-    fn ended(&self, drv: &StorePath, good: bool) {
-        self.0.lock().unwrap().push(format!("{}: {good}", drv.name()));
+    fn ended(&self, drv: &StorePath, how: Result<(), &Failure>) {
+        self.0.lock().unwrap().push(format!("{}: {}", drv.name(), how.is_ok()));
     }
     fn failed(&self, text: &str) {
         self.0.lock().unwrap().push(format!("failed: {text}"));

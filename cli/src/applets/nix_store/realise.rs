@@ -53,6 +53,7 @@ pub(super) fn how(cx: &Context, common: &Common, mode: BuildMode) -> How {
         },
         shows_logs: shows_logs(&cx.terminal, common.log_format, common.no_build_output),
         read_only: common.read_only,
+        trace: common.build_trace,
         ..How::NORMAL
     }
 }
