@@ -82,12 +82,12 @@ impl House {
     /// An applet on a store that is called `/nix/store` and lies in this house.
     pub fn rooted(&self, applet: &str) -> Command {
         let mut command = self.applet(applet);
-        self.root(&mut command);
+        self.as_root_of_its_own(&mut command);
         command
     }
 
     /// Turns a command to a store that is called `/nix/store` and lies in this house.
-    pub fn root(&self, command: &mut Command) {
+    pub fn as_root_of_its_own(&self, command: &mut Command) {
         for name in ["NIX_STORE_DIR", "NIX_STATE_DIR", "NIX_LOG_DIR"] {
             command.env_remove(name);
         }

@@ -174,7 +174,7 @@ d/f/
 ";
 
 /// Is there a real Nix?
-fn has_nix() -> bool {
+pub fn has_nix() -> bool {
     let found = Command::new("nix-store").arg("--version").output();
     let found = found.is_ok_and(|output| {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -7,6 +7,8 @@
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
+mod collections;
+mod garbage;
 mod hashes;
 mod house;
 mod interop;

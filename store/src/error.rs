@@ -59,6 +59,12 @@ pub enum StoreError {
     Roots(#[source] Box<larder_gc::roots::RootsError<Box<StoreError>>>),
     #[error("roots may be hidden from us, so nothing may be deleted")]
     HiddenRoots(#[source] FileError),
+    /// Some files could not be linked; each was told of, and the others are linked.
+    #[error("{count} files could not be linked")]
+    NotLinked { count: u64, saved: larder_fs::optimise::Saved },
+    /// Part of what was to go is still there; each was told of.
+    #[error("{count} entries of the store could not be deleted")]
+    Undeletable { count: u64 },
     #[error(transparent)]
     Db(DbError),
     #[error(transparent)]

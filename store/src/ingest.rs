@@ -348,6 +348,9 @@ impl<'s> Arrivals<'s> {
         let foreign = self.keeps_foreign(&incoming, &path, &entry)?;
         if !foreign {
             store.put(&mut incoming, &path, &entry)?;
+            if store.options().auto_optimise_store {
+                store.optimise_path(&path);
+            }
         }
         info.registration_time_s = now_s();
         self.pending.push(Sealed { info, outputs, locks, foreign });

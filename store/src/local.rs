@@ -32,6 +32,18 @@ pub struct Options {
     pub gc_reserved_space_bytes: u64,
     pub keep_outputs: bool,
     pub keep_derivations: bool,
+    /// Bytes: below this many free ones, room is made before something is added; 0 for never.
+    pub min_free_bytes: u64,
+    /// How many are to be free then.
+    pub max_free_bytes: u64,
+    /// How often that is looked at, in seconds.
+    pub min_free_check_interval_s: u64,
+    /// Link equal files as paths are added.
+    pub auto_optimise_store: bool,
+    /// For tests: a file that holds the number of free bytes (`_NIX_TEST_FREE_SPACE_FILE`).
+    pub free_space_file: Option<std::path::PathBuf>,
+    /// For tests: a file, or FIFO, that a collector reads before it deletes (`_NIX_TEST_GC_SYNC`).
+    pub gc_sync_file: Option<std::path::PathBuf>,
     /// Write objects to the disk before they are registered (setting `fsync-metadata`).
     pub sync: bool,
     /// Where the ledger is, if not in `db` of the state directory.
@@ -51,6 +63,12 @@ impl Default for Options {
             gc_reserved_space_bytes: 8 << 20,
             keep_outputs: false,
             keep_derivations: true,
+            min_free_bytes: 0,
+            max_free_bytes: u64::MAX,
+            min_free_check_interval_s: 5,
+            auto_optimise_store: false,
+            free_space_file: None,
+            gc_sync_file: None,
             sync: true,
             db_dir: None,
             held_locks: HeldLocks::default(),

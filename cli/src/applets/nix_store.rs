@@ -131,12 +131,12 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::RegisterValidity { reregister, hash_given } => {
             store::register_validity(cx, &settings, reregister, hash_given)?;
         }
+        Command::Gc { action, max_freed_bytes } => store::collect(cx, &settings, action, max_freed_bytes)?,
+        Command::Optimise => store::optimise(cx, &settings)?,
         Command::Delete { ignore_liveness, paths } => store::delete(cx, &settings, ignore_liveness, &paths)?,
         Command::PrintEnv { derivation } => store::print_env(cx, &settings, &derivation)?,
         Command::QueryFailedPaths => store::query_failed_paths(cx, &settings)?,
         Command::ClearFailedPaths { paths } => store::clear_failed_paths(cx, &settings, &paths)?,
-        Command::Gc { .. } => return Err(StoreOpError::NotYet { what: "cannot collect garbage" }.into()),
-        Command::Optimise => return Err(StoreOpError::NotYet { what: "cannot link duplicates" }.into()),
         Command::Serve { .. } => return Err(StoreOpError::NotYet { what: "cannot serve the store" }.into()),
     }
     Ok(Status::SUCCESS)
