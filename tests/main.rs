@@ -8,14 +8,17 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 mod collections;
+mod crash;
 mod garbage;
 mod hashes;
 mod house;
 mod interop;
 mod interop_build;
+mod limits;
 mod people;
 mod process;
 mod realise;
+mod stress;
 mod tidy;
 mod vectors;
 mod without_store;

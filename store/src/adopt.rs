@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -243,13 +244,15 @@ impl LocalStore {
                     Err(e) => return Err(FileError::new("renaming", &real, io::Error::from(e)).into()),
                 }
             } else {
-                let target = Target { dir, name: &name, dir_path: &self.layout().real_store };
-                remove::remove(target, OnFailure::Stop).map_err(FileError::from)?;
+                self.remove_entry(&name)?;
             }
             rustix::fs::renameat(dir, &taken.incoming.entry, dir, &name)
                 .map_err(|e| FileError::new("renaming to", &real, io::Error::from(e)))?;
             taken.incoming.kept = true;
             placed.push(info.path.clone());
+            if self.options().auto_optimise_store {
+                self.optimise_path(&info.path);
+            }
             info.registration_time_s = now;
             batch.push_info(&info, &derived)?;
         }
@@ -313,10 +316,19 @@ impl LocalStore {
         }
     }
 
-    /// Deletes an entry of the store directory that is not valid, whatever it is.
+    /// Deletes an entry of the store directory that is not valid, whatever it is; but for what
+    /// real Nix has registered, which is an error.
     ///
     /// The caller holds the lock that goes with it.
     pub fn remove_entry(&self, name: &OsStr) -> Result<(), StoreError> {
+        if !self.has_entry(name)? {
+            return Ok(());
+        }
+        if let Ok(path) = StorePath::from_base_name(name.as_bytes())
+            && self.belongs_to_real_nix(&path)?
+        {
+            return Err(StoreError::BelongsToRealNix { path: self.dir().full(&path) });
+        }
         let target = Target { dir: self.store_fd()?, name, dir_path: &self.layout().real_store };
         remove::remove(target, OnFailure::Stop).map_err(FileError::from)?;
         Ok(())

@@ -117,17 +117,22 @@ struct Sealed {
 
 /// Objects on their way in, committed together.
 ///
-/// Dropped without [`Arrivals::commit`], what was sealed is taken away again.
+/// Dropped without a [`Arrivals::commit`] that went well, what was sealed is taken away again.
 #[derive(Debug)]
 pub struct Arrivals<'s> {
     store: &'s LocalStore,
     pending: Vec<Sealed>,
+    /// A registration failed.
+    failed: bool,
 }
 
 impl Drop for Arrivals<'_> {
     fn drop(&mut self) {
         for sealed in self.pending.drain(..).filter(|sealed| !sealed.foreign) {
-            self.store.discard(OsStr::new(&sealed.info.path.to_string()));
+            // A registration that failed may be there all the same: then the object stays.
+            if !self.failed || matches!(self.store.is_valid(&sealed.info.path), Ok(false)) {
+                self.store.discard(OsStr::new(&sealed.info.path.to_string()));
+            }
         }
     }
 }
@@ -223,7 +228,7 @@ impl LocalStore {
 
     /// Objects to come in together.
     pub fn arrivals(&self) -> Arrivals<'_> {
-        Arrivals { store: self, pending: Vec::new() }
+        Arrivals { store: self, pending: Vec::new(), failed: false }
     }
 
     /// The path a file or tree would get, and its hash and size, without adding it.
@@ -429,7 +434,15 @@ impl<'s> Arrivals<'s> {
         for sealed in &self.pending {
             batch.push_info(&sealed.info, &sealed.outputs)?;
         }
-        store.ledger()?.register(batch).map_err(|error| StoreError::from(error).in_dir(store.dir()))?;
+        let ledger = store.ledger()?;
+        if let Err(error) = ledger.register(batch) {
+            self.failed = true;
+            if ledger.settle().is_err() {
+                // Nobody can tell what is valid: the objects are left to a collector.
+                self.pending.clear();
+            }
+            return Err(StoreError::from(error).in_dir(store.dir()));
+        }
         // They are valid: nothing below takes them away again.
         for sealed in std::mem::take(&mut self.pending) {
             sealed.locks.release()?;

@@ -23,7 +23,7 @@ use super::environment::Prepared;
 use super::journal::Journal;
 use super::tempdir::TempDir;
 use super::users::BuildUser;
-use super::{Build, hooks};
+use super::{Build, builtin, hooks};
 use crate::job::{Failure, FailureKind};
 
 /// Ids of the builder inside, unless it runs with those of the host.
@@ -114,6 +114,15 @@ pub(super) fn plan(
     let values = &build.settings.values;
     let text = |bytes: &[u8]| OsStr::from_bytes(bytes).to_owned();
     let groups = |user: &BuildUser| if chroot.is_some() { Vec::new() } else { user.groups.clone() };
+    let ids = match user {
+        Some(user) => Some(Ids { uid: user.uid, gid: user.gid, groups: groups(user) }),
+        // In a user namespace of our own nobody knows any more who we were.
+        None if chroot.is_some() => {
+            let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+            Some(Ids { uid, gid, groups: Vec::new() })
+        }
+        None => None,
+    };
     let isolation = match chroot {
         None => Isolation::None,
         Some(chroot) => Isolation::Root(Box::new(root(build, temp, user, chroot)?)),
@@ -121,11 +130,15 @@ pub(super) fn plan(
     let inside = chroot.is_some();
     Ok(Plan {
         program: text(&prepared.program).into(),
-        argv: prepared.args.iter().map(|arg| text(arg)).collect(),
+        argv: if builtin::check(build)? {
+            vec![text(&prepared.program), builtin::options(build)]
+        } else {
+            prepared.args.iter().map(|arg| text(arg)).collect()
+        },
         env: prepared.env.iter().map(|(name, value)| (text(name), text(value))).collect(),
         cwd: if inside { values.sandbox_build_dir.clone().into() } else { temp.path() },
         umask: 0o022,
-        ids: user.map(|user| Ids { uid: user.uid, gid: user.gid, groups: groups(user) }),
+        ids,
         isolation,
         personality: Personality::of_system(&build.job.drv.system, &values.system, values.impersonate_linux_26),
         limits: vec![Limit { resource: Resource::Core, soft: Some(0), hard: None }],

@@ -181,28 +181,9 @@ fn kill_all(build: &Build<'_>, user: &BuildUser) -> Result<(), Failure> {
 
 /// Is there any process of this user? In doubt there is.
 fn runs_anything(uid: u32) -> bool {
-    use std::os::unix::fs::MetadataExt as _;
-    let Ok(entries) = std::fs::read_dir("/proc") else { return true };
-    let mut seen_ourselves = false;
-    let own = std::process::id().to_string();
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if !name.bytes().all(|b| b.is_ascii_digit()) {
-            continue;
-        }
-        seen_ourselves |= *name == *own;
-        // Processes that cannot be dumped show as root's there, but their status tells.
-        let is_theirs = entry.metadata().is_ok_and(|meta| meta.uid() == uid)
-            || std::fs::read_to_string(entry.path().join("status")).is_ok_and(|text| {
-                let ids = text.lines().find_map(|line| line.strip_prefix("Uid:"));
-                ids.is_some_and(|ids| ids.split_whitespace().any(|id| id.parse() == Ok(uid)))
-            });
-        if is_theirs {
-            return true;
-        }
-    }
-    !seen_ourselves
+    // The one question to the kernel about all processes of a user that costs a single call.
+    let asked = rustix::process::getpriority_user(rustix::process::Uid::from_raw(uid));
+    !matches!(asked, Err(rustix::io::Errno::SRCH))
 }
 
 /// Makes what the builder is given, and writes its files.

@@ -74,7 +74,9 @@ impl Watch for Seen {
 }
 
 pub(crate) struct House {
-    pub(crate) dir: TempDir,
+    root: PathBuf,
+    /// Who made the directory deletes it.
+    dir: Option<TempDir>,
     pub(crate) store: LocalStore,
     pub(crate) settings: BuildSettings,
     said: Arc<Said>,
@@ -158,9 +160,19 @@ impl House {
         std::fs::create_dir(at("tmp")).unwrap();
         std::fs::write(at("group"), format!("lbuild:x:{GROUP}:lb1,lb2,lb3,lb4\n")).unwrap();
         let first_uid = first_uid();
+        std::fs::write(at("first-uid"), first_uid.to_string()).unwrap();
         let passwd: Vec<String> =
             (0..4).map(|n| format!("lb{}:x:{}:{GROUP}::/:/bin/false", n + 1, first_uid + n)).collect();
         std::fs::write(at("passwd"), passwd.join("\n")).unwrap();
+        let mut house = Self::open(dir.path(), sandbox, change);
+        house.dir = Some(dir);
+        house
+    }
+
+    /// A house that is there already.
+    pub(crate) fn open(root: &Path, sandbox: Sandbox, change: impl FnOnce(&mut Settings)) -> Self {
+        let at = |name: &str| root.join(name);
+        let first_uid = std::fs::read_to_string(at("first-uid")).unwrap().parse().unwrap();
         let layout = Layout {
             store_dir: StoreDir::new(at("store").to_str().unwrap()).unwrap(),
             real_store: at("store"),
@@ -188,11 +200,11 @@ impl House {
         let mut settings = BuildSettings::new(Arc::new(values), launcher);
         settings.temp_dir = at("tmp");
         settings.users = Users::from_files(at("passwd"), at("group"));
-        Self { dir, store, settings, said, seen: Seen::default(), first_uid }
+        Self { root: root.to_owned(), dir: None, store, settings, said, seen: Seen::default(), first_uid }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.root.join(name)
     }
 
     pub(crate) fn values(&mut self) -> &mut Settings {

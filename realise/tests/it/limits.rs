@@ -161,3 +161,18 @@ fn builds_side_by_side() {
     });
     house.check_nothing_left();
 }
+
+/// Not a test: `cargo test --release -- --ignored --nocapture speed` prints what builds cost.
+#[test]
+#[ignore = "a measurement"]
+fn speed() {
+    for way in WAYS {
+        let house = House::new(way);
+        let begun = std::time::Instant::now();
+        let count = std::env::var("BUILDS").map_or(100, |count| count.parse().unwrap());
+        for n in 0..count {
+            house.build(&recipe(&format!("x{n}"), "echo > $out"));
+        }
+        println!("{way:?}: {:?} a build", begun.elapsed() / count);
+    }
+}

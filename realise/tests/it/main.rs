@@ -3,8 +3,11 @@
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 
 mod basics;
+mod builtins;
 mod checks;
+mod crash;
 mod given;
+mod hooks;
 mod hostile;
 mod house;
 mod limits;
