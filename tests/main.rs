@@ -9,13 +9,18 @@
 
 mod collections;
 mod crash;
+mod full_disk;
 mod garbage;
+mod garbage_cuts;
+mod garbage_stress;
 mod hashes;
 mod house;
 mod interop;
+mod interop_build;
 mod limits;
 mod people;
 mod process;
+mod realise;
 mod stress;
 mod tidy;
 mod vectors;

@@ -175,6 +175,7 @@ impl LocalStore {
     /// A name for something on its way in, protected from collectors.
     pub(crate) fn temporary(&self) -> Result<Incoming<'_>, StoreError> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
+        self.make_room();
         // Unique among processes and times; the restorer refuses an entry that exists.
         let seed = format!(
             "{} {} {:?}",
