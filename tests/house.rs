@@ -79,6 +79,21 @@ impl House {
         command
     }
 
+    /// An applet on a store that is called `/nix/store` and lies in this house.
+    pub fn rooted(&self, applet: &str) -> Command {
+        let mut command = self.applet(applet);
+        self.as_root_of_its_own(&mut command);
+        command
+    }
+
+    /// Turns a command to a store that is called `/nix/store` and lies in this house.
+    pub fn as_root_of_its_own(&self, command: &mut Command) {
+        for name in ["NIX_STORE_DIR", "NIX_STATE_DIR", "NIX_LOG_DIR"] {
+            command.env_remove(name);
+        }
+        command.env("NIX_REMOTE", format!("local?root={}", self.path().join("root").display()));
+    }
+
     /// Runs an applet with these words and nothing on standard input.
     pub fn run(&self, applet: &str, words: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Run {
         run(self.applet(applet).args(words), b"")

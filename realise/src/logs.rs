@@ -26,8 +26,17 @@ pub enum Form {
 
 enum Sink {
     Plain(BufWriter<File>),
+    /// A log that is short as yet. To compress in large blocks costs megabytes of memory and
+    /// their clearing, which is more than most builds cost otherwise.
+    Short(File, Vec<u8>),
     Compressed(BzEncoder<File>),
 }
+
+/// A log is short up to here, in bytes; less than the smallest block of bzip2 holds.
+const SHORT_BYTES: usize = 64 << 10;
+
+/// The stream of bzip2 that says nothing.
+const NOTHING: &[u8] = b"BZh9\x17rE8P\x90\0\0\0\0";
 
 /// The log of a build that goes on.
 pub struct LogWriter {
@@ -75,24 +84,43 @@ impl LogWriter {
         let file = File::create(&path).at("creating log file", &path)?;
         let sink = match form {
             Form::Plain => Sink::Plain(BufWriter::new(file)),
-            Form::Compressed => Sink::Compressed(BzEncoder::new(file, Compression::best())),
+            Form::Compressed => Sink::Short(file, Vec::new()),
         };
         Ok(Self { path, sink })
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), FileError> {
+        self.put(bytes).at("writing to log file", &self.path)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
         match &mut self.sink {
             // Whoever follows the file sees lines as they come.
             Sink::Plain(file) => file.write_all(bytes).and_then(|()| file.flush()),
+            Sink::Short(_, text) if text.len() + bytes.len() <= SHORT_BYTES => {
+                text.extend_from_slice(bytes);
+                Ok(())
+            }
+            Sink::Short(file, text) => {
+                let mut encoder = BzEncoder::new(file.try_clone()?, Compression::best());
+                encoder.write_all(text)?;
+                encoder.write_all(bytes)?;
+                self.sink = Sink::Compressed(encoder);
+                Ok(())
+            }
             Sink::Compressed(encoder) => encoder.write_all(bytes),
         }
-        .at("writing to log file", &self.path)
     }
 
     /// Brings all of it to the file; without that its end is missing.
     pub fn finish(self) -> Result<(), FileError> {
         match self.sink {
             Sink::Plain(mut file) => file.flush(),
+            Sink::Short(mut file, text) if text.is_empty() => file.write_all(NOTHING),
+            Sink::Short(file, text) => {
+                let mut encoder = BzEncoder::new(file, Compression::fast());
+                encoder.write_all(&text).and_then(|()| encoder.finish()).map(drop)
+            }
             Sink::Compressed(encoder) => encoder.finish().map(drop),
         }
         .at("writing to log file", &self.path)
@@ -266,6 +294,19 @@ mod tests {
         }
     }
 
+    /// Short logs and long ones are written in different ways.
+    #[test]
+    fn lengths() {
+        let (_dir, layout, drv) = place();
+        for length in [0, 1, SHORT_BYTES - 1, SHORT_BYTES, SHORT_BYTES + 1, 3 * SHORT_BYTES, 2_000_000] {
+            let text: Vec<u8> = (0..length).map(|n| (n % 251) as u8).collect();
+            let mut log = LogWriter::create(&layout, &drv, Form::Compressed).unwrap();
+            text.chunks(1000).for_each(|piece| log.write(piece).unwrap());
+            log.finish().unwrap();
+            assert!(read(&layout, &drv).unwrap() == text, "{length}");
+        }
+    }
+
     #[test]
     fn the_last_lines() {
         let tail = |lines, text: &[u8]| {
@@ -277,6 +318,6 @@ mod tests {
         assert_eq!(tail(2, b"a\nb\nc"), ["b", "c"]);
         assert_eq!(tail(0, b"a\n"), [""; 0]);
         assert_eq!(tail(9, b"x\x1b[1;31mred\x1b[0m\x07\ty\r\n\xff\n"), ["xred\ty", "\u{fffd}"]);
-        assert_eq!(tail(9, &[b'a'; 100_000])[0].len(), MAX_LINE_BYTES);
+        assert_eq!(tail(9, &b"a".repeat(100_000))[0].len(), MAX_LINE_BYTES);
     }
 }

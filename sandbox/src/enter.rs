@@ -14,6 +14,7 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
+use std::sync::OnceLock;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::Mode;
@@ -35,11 +36,31 @@ const PER_LINUX32: libc::c_int = 8;
 /// Longest job: arguments and environment of a builder are limited to a few MiB by the kernel.
 const JOB_BYTES: u64 = 64 << 20;
 
+/// A builder that is a part of the program; gives the exit code.
+pub type Inside = fn(&Plan) -> i32;
+
+/// Set once, by the launcher before it has children.
+static INSIDE: OnceLock<Inside> = OnceLock::new();
+
+/// As [`launcher_main`], where a program that begins with [`INSIDE_PREFIX`] is a function of ours.
+///
+/// It is called where another program would be executed: in the sandbox, as the builder, its
+/// output being the log.
+pub fn launcher_main_with(inside: Inside) -> ! {
+    // Nobody else sets it.
+    let _ = INSIDE.set(inside);
+    launcher_main()
+}
+
+/// What the name of a program begins with that is no file.
+pub const INSIDE_PREFIX: &str = "builtin:";
+
 /// What the launcher does instead of being the program; call it before there are threads.
 pub fn launcher_main() -> ! {
     let (Ok(control), Ok(job)) = (sys::take_fd(sys::CONTROL), sys::take_fd(sys::JOB)) else {
-        // Somebody typed the word; there is nobody to report to.
-        sys::exit(2)
+        // Somebody typed the word.
+        sys::write_log(b"error: this is how builders are started, and no command\n");
+        sys::exit(1)
     };
     let told = control.try_clone();
     std::panic::set_hook(Box::new(move |panic| {
@@ -122,22 +143,25 @@ fn start_plain(plan: &Plan, control: &OwnedFd) -> Step<(Pid, OwnedFd)> {
 }
 
 fn follow_plain(builder: Pid, signals: &OwnedFd, control: &OwnedFd) -> ! {
-    loop {
-        if wait_readable(control.as_fd(), signals.as_fd()) {
-            break;
-        }
+    let mut is_running = true;
+    let tell = |status| drop(Report::Ended(status).send(control.as_fd()));
+    while !wait_readable(control.as_fd(), signals.as_fd()) {
         sys::drain(signals.as_fd());
         while let Ok(Some((pid, status))) = sys::wait_any(libc::WNOHANG) {
             if pid == builder {
-                drop(Report::Ended(status).send(control.as_fd()));
+                is_running = false;
+                tell(status);
             }
         }
     }
-    // The builder's group first: it may be large, and this takes it all at once.
-    let _ = rustix::process::kill_process_group(builder, Signal::KILL);
+    if is_running {
+        // The group may be large, and this takes it all at once. Once the builder is reaped its
+        // number may be anybody's.
+        let _ = rustix::process::kill_process_group(builder, Signal::KILL);
+    }
     kill::kill_descendants(|pid, status| {
         if pid == builder {
-            drop(Report::Ended(status).send(control.as_fd()));
+            tell(status);
         }
     });
     sys::exit(0)
@@ -324,6 +348,11 @@ fn run_builder(plan: &Plan, control: BorrowedFd<'_>) -> ! {
     }
     if Report::Ready.send(control).is_err() {
         sys::exit(1)
+    }
+    if let Some(inside) = INSIDE.get()
+        && plan.program.as_os_str().as_bytes().starts_with(INSIDE_PREFIX.as_bytes())
+    {
+        sys::exit(inside(plan));
     }
     let error = sys::exec(&plan.program, &argv, &env);
     let reason = sys::errno_text(error.raw_os_error().unwrap_or(0));

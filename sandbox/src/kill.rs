@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -55,15 +54,16 @@ fn is_any_alive(uid: u32) -> bool {
         let name = name.to_string_lossy();
         name.bytes().all(|b| b.is_ascii_digit())
             && name != own
-            && entry.metadata().is_ok_and(|m| m.uid() == uid)
-            && fs::read_to_string(entry.path().join("stat")).is_ok_and(|stat| is_running(&stat))
+            // Not the owner of the directory: that is root where a process may not be traced.
+            && fs::read_to_string(entry.path().join("status")).is_ok_and(|status| is_running_as(&status, uid))
     })
 }
 
-/// `PID (NAME) STATE ...`, where the name may have anything in it.
-fn is_running(stat: &str) -> bool {
-    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
-    !matches!(state, None | Some('Z' | 'X'))
+/// Reads `/proc/PID/status`, where the name, which may have anything else in it, has no newline.
+fn is_running_as(status: &str, uid: u32) -> bool {
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim_start);
+    let is_running = field("State:").is_some_and(|state| !state.starts_with(['Z', 'X']));
+    is_running && field("Uid:").is_some_and(|ids| ids.split_whitespace().any(|id| id.parse() == Ok(uid)))
 }
 
 /// Kills all children, and theirs as they become ours, and reaps them.
@@ -93,10 +93,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn states_are_found_behind_any_name() {
-        assert!(is_running("1 (sh) S 0"));
-        assert!(!is_running("1 (sh) Z 0"));
-        assert!(is_running("1 (a) Z b) R 0"));
-        assert!(!is_running(""));
+    fn the_living_are_told_from_the_dead() {
+        let status = |state: &str, ids: &str| format!("Name:\tState: Z\nUmask:\t0022\nState:\t{state}\nUid:\t{ids}\n");
+        assert!(is_running_as(&status("S (sleeping)", "0\t7\t0\t0"), 7));
+        assert!(!is_running_as(&status("S (sleeping)", "0\t77\t0\t0"), 7));
+        assert!(!is_running_as(&status("Z (zombie)", "7\t7\t7\t7"), 7));
+        assert!(!is_running_as("", 7));
     }
 }

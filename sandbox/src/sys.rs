@@ -85,8 +85,8 @@ pub(crate) const CONTROL: RawFd = 3;
 /// Where the launcher finds its job.
 pub(crate) const JOB: RawFd = 4;
 
-/// Runs a program as a new process with an empty environment, default signals, no signal
-/// blocked, and the five descriptors as 0 to 4. A process with threads may call this.
+/// Runs a program as a new process with an empty environment, all signals blocked, and the five
+/// descriptors as 0 to 4. A process with threads may call this.
 ///
 /// That `execve` failed is told on the fourth descriptor as [`exec_failed`].
 pub(crate) fn spawn(program: &Path, argv: &Words, fds: [BorrowedFd<'_>; 5]) -> io::Result<Pid> {
@@ -139,7 +139,8 @@ unsafe fn become_program(
         }
         libc::syscall(libc::SYS_close_range, HANDED as libc::c_uint, libc::c_uint::MAX, 0);
         libc::setsid();
-        default_signals();
+        // A caller that ignores its children makes the launcher deaf to its own.
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         libc::execve(path, argv, env);
         let message = exec_failed(*libc::__errno_location());
         libc::send(CONTROL, message.as_ptr().cast(), message.len(), libc::MSG_NOSIGNAL);
@@ -156,13 +157,18 @@ fn empty_signals() -> libc::sigset_t {
     }
 }
 
-/// Gives every signal its default meaning and blocks none. Async-signal-safe.
+/// Gives every signal its default meaning and blocks none.
 pub(crate) fn default_signals() {
     let none = empty_signals();
-    for signal in 1..=libc::SIGRTMAX() {
-        // The two that cannot be changed, and those that the C library keeps, give errors.
-        // SAFETY: no handler is installed.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    // `struct sigaction` of the kernel, all zero: the default, no flags, an empty mask. Not by way
+    // of the C library, which refuses to touch two signals of its own that may be ignored too.
+    let default = [0_u64; 4];
+    for signal in 1..=64 as libc::c_long {
+        // The two that cannot be changed give errors.
+        // SAFETY: the structure is at most as large as that; no handler is installed.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), 8_usize);
+        }
     }
     // SAFETY: the set is ours.
     unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()) };
@@ -374,7 +380,8 @@ pub(crate) fn wait_any(options: libc::c_int) -> io::Result<Option<(Pid, i32)>> {
     }
 }
 
-/// Waits for that child of ours. A process with threads may call this.
+/// Waits for that child of ours. A process with threads may call this. Where children are
+/// ignored, and the kernel reaps them, this waits for it to do so, and knows no status.
 pub(crate) fn wait_for(pid: Pid) -> io::Result<i32> {
     loop {
         let mut status = 0;
@@ -382,6 +389,7 @@ pub(crate) fn wait_for(pid: Pid) -> io::Result<i32> {
         match check(unsafe { libc::waitpid(pid.as_raw_nonzero().get(), &raw mut status, 0) }) {
             Ok(_) => return Ok(status),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(0),
             Err(e) => return Err(e),
         }
     }

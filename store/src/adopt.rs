@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -236,20 +237,22 @@ impl LocalStore {
             let real = self.layout().real_store.join(&name);
             if self.is_valid(&info.path)? {
                 // Two renames, so that the path is missing for a moment only.
-                let old = self.old_name(&info.path);
+                let old = old_name(&info.path);
                 match rustix::fs::renameat(dir, &name, dir, &old) {
                     Ok(()) => aside.push(Aside { name: name.clone(), old }),
                     Err(Errno::NOENT) => {}
                     Err(e) => return Err(FileError::new("renaming", &real, io::Error::from(e)).into()),
                 }
             } else {
-                let target = Target { dir, name: &name, dir_path: &self.layout().real_store };
-                remove::remove(target, OnFailure::Stop).map_err(FileError::from)?;
+                self.remove_entry(&name)?;
             }
             rustix::fs::renameat(dir, &taken.incoming.entry, dir, &name)
                 .map_err(|e| FileError::new("renaming to", &real, io::Error::from(e)))?;
             taken.incoming.kept = true;
             placed.push(info.path.clone());
+            if self.options().auto_optimise_store {
+                self.optimise_path(&info.path);
+            }
             info.registration_time_s = now;
             batch.push_info(&info, &derived)?;
         }
@@ -258,12 +261,6 @@ impl LocalStore {
             synced.map_err(|e| FileError::new("syncing", &self.layout().real_store, io::Error::from(e)))?;
         }
         self.ledger()?.register(batch).map_err(|error| StoreError::from(error).in_dir(self.dir()))
-    }
-
-    /// What a path that is replaced is called meanwhile. Collectors delete it, should we not.
-    fn old_name(&self, path: &StorePath) -> OsString {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        OsString::from(format!("{path}.old-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)))
     }
 
     /// Registers an object whose path follows from its contents, unless it is valid by now.
@@ -319,10 +316,19 @@ impl LocalStore {
         }
     }
 
-    /// Deletes an entry of the store directory that is not valid, whatever it is.
+    /// Deletes an entry of the store directory that is not valid, whatever it is; but for what
+    /// real Nix has registered, which is an error.
     ///
     /// The caller holds the lock that goes with it.
     pub fn remove_entry(&self, name: &OsStr) -> Result<(), StoreError> {
+        if !self.has_entry(name)? {
+            return Ok(());
+        }
+        if let Ok(path) = StorePath::from_base_name(name.as_bytes())
+            && self.belongs_to_real_nix(&path)?
+        {
+            return Err(StoreError::BelongsToRealNix { path: self.dir().full(&path) });
+        }
         let target = Target { dir: self.store_fd()?, name, dir_path: &self.layout().real_store };
         remove::remove(target, OnFailure::Stop).map_err(FileError::from)?;
         Ok(())
@@ -365,6 +371,12 @@ impl LocalStore {
 /// Is this the error of an output that the builder has not made?
 pub fn is_missing(error: &CanonError) -> bool {
     matches!(error, CanonError::File(error) if error.kind() == io::ErrorKind::NotFound)
+}
+
+/// What a path that is replaced is called meanwhile. Collectors delete it, should we not.
+fn old_name(path: &StorePath) -> OsString {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    OsString::from(format!("{path}.old-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)))
 }
 
 /// Renames a canonical object to a name in another directory.

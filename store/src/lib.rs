@@ -5,15 +5,20 @@
 
 pub mod adopt;
 pub mod adoption;
+mod broom;
 pub mod closure;
+pub mod collect;
 pub mod delete;
 mod derivations;
 pub mod error;
 pub mod foreign;
 pub mod ingest;
 pub mod local;
+pub mod optimise;
+pub mod plan;
 pub mod register;
 pub mod sqlite;
+pub mod survey;
 mod transfer;
 pub mod verify;
 

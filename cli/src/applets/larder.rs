@@ -1,5 +1,8 @@
 //! `larder`: the same store for people, with words instead of flags and JSON where output is data.
 
+mod asking;
+mod changing;
+mod garbage;
 mod links;
 
 use std::ffi::OsString;
@@ -74,6 +77,14 @@ pub enum Command {
     Verify(Verify),
     /// Tell what takes the space: the size of closures, and what only they need
     Du(Du),
+    /// Delete what nothing needs, after telling what that is
+    Gc(garbage::Gc),
+    /// Tell which roots keep a path, and how
+    Why(garbage::Why),
+    /// List the roots: what must not be deleted
+    Roots(garbage::Roots),
+    /// Link equal files, which saves space
+    Optimise(garbage::Optimise),
     /// Make links by the names of the commands of Nix
     Links(Links),
     /// Take over the store of a Nix installation, from its own records
@@ -219,7 +230,7 @@ pub struct Links {
 
 #[derive(Debug, Args)]
 pub struct Adopt {
-    /// Records to read, as written by `nix-store --dump-db`, instead of asking the nix-store in PATH
+    /// Records to read, as written by `nix-store --dump-db`, instead of the ledger of real Nix
     #[arg(long, value_name = "FILE")]
     pub from: Option<PathBuf>,
     /// Only tell what would be done
@@ -250,8 +261,6 @@ pub enum LarderError {
     Man { dir: PathBuf, source: io::Error },
     #[error("cannot write the manual page")]
     ManPage(#[source] io::Error),
-    #[error("this build of Larder cannot do that yet: it has no store")]
-    NoStore,
 }
 
 impl Global {
@@ -323,7 +332,16 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Restore(args) => {
             restore_from(args.path.as_os_str(), restore_options(&settings), args.input.as_deref(), &cx.interrupt)?;
         }
-        _ => return Err(LarderError::NoStore.into()),
+        Command::Add(args) => changing::add(cx, &settings, &args)?,
+        Command::PathInfo(args) => asking::path_info(cx, &settings, &args)?,
+        Command::Closure(args) => asking::print_closure(cx, &settings, &args)?,
+        Command::Du(args) => asking::disk_usage(cx, &settings, &args)?,
+        Command::Verify(args) => return changing::verify(cx, &settings, &args),
+        Command::Adopt(args) => changing::adopt(cx, &settings, &args)?,
+        Command::Gc(args) => return garbage::collect(cx, &settings, &args),
+        Command::Why(args) => return garbage::why(cx, &settings, &args),
+        Command::Roots(args) => return garbage::roots(cx, &settings, &args),
+        Command::Optimise(args) => return garbage::optimise(cx, &settings, &args),
     }
     Ok(Status::SUCCESS)
 }

@@ -4,6 +4,7 @@
 
 pub mod larder;
 mod nar;
+pub mod nix_collect_garbage;
 pub mod nix_hash;
 pub mod nix_store;
 
@@ -35,6 +36,7 @@ pub struct Applet {
 
 pub const APPLETS: &[Applet] = &[
     Applet { name: "nix-store", about: "manipulate or query the Nix store", run: nix_store::run },
+    Applet { name: "nix-collect-garbage", about: "delete unreachable store paths", run: nix_collect_garbage::run },
     Applet { name: "nix-hash", about: "compute the cryptographic hash of a path", run: nix_hash::run },
 ];
 
@@ -106,6 +108,11 @@ fn print(text: &str) -> Result<(), PrintError> {
     printer.finish()
 }
 
+/// Prints a value, for people indented.
+fn print_json(value: &serde_json::Value) -> Result<(), Failure> {
+    Ok(print(&format!("{value:#}\n"))?)
+}
+
 /// What `--version` prints: which Nix it can stand for, and what it is.
 fn version(name: &str) -> String {
     format!("{name} (Nix) {NIX_VERSION}\nlarder {}\n", env!("CARGO_PKG_VERSION"))
@@ -135,7 +142,7 @@ mod tests {
 
     #[test]
     fn help_fits_a_terminal() {
-        for text in [nix_store::HELP, nix_hash::HELP] {
+        for text in [nix_store::HELP, nix_hash::HELP, nix_collect_garbage::HELP] {
             for line in text.lines() {
                 assert!(line.chars().count() <= 80, "{line}");
                 assert_eq!(line.trim_end(), line);

@@ -6,6 +6,7 @@
 //! programs print.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use serde_json::{Map, Number, Value};
 
@@ -94,7 +95,7 @@ fn write_float(out: &mut String, float: f64) {
     out.push_str(mantissa);
     out.push('e');
     out.push(if exponent < 0 { '-' } else { '+' });
-    out.push_str(&format!("{:02}", exponent.unsigned_abs()));
+    let _ = write!(out, "{:02}", exponent.unsigned_abs());
 }
 
 /// The text of `.attrs.sh`: a line for each value that a shell can hold.

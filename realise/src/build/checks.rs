@@ -3,6 +3,7 @@
 //! Source: building, section 12.8; modern, section 7.6; `build_checks.json`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 
 use larder_core::derivation::OutputName;
 use larder_core::derivation::options::Attributes;
@@ -129,8 +130,10 @@ impl Rules {
             let listed = specified(list, known)?;
             let bad: Vec<&StorePath> = used.iter().filter(|path| listed.contains(*path) != allowed).collect();
             if !bad.is_empty() {
-                let bad: String = bad.iter().map(|path| format!("\n  {}", known.dir.display(path))).collect();
-                let text = format!("output '{shown}' is not allowed to refer to the following paths:{bad}");
+                let mut text = format!("output '{shown}' is not allowed to refer to the following paths:");
+                for path in bad {
+                    let _ = write!(text, "\n  {}", known.dir.display(path));
+                }
                 return Err(rejected(text));
             }
         }
@@ -186,34 +189,39 @@ fn closure_of(
 
 /// Looks for a cycle among outputs: which one's references, from which one.
 pub fn find_cycle(made: &BTreeMap<OutputName, PathInfo>) -> Option<(OutputName, OutputName)> {
-    fn visit<'a>(
-        at: &'a OutputName,
-        parent: Option<&OutputName>,
-        made: &'a BTreeMap<OutputName, PathInfo>,
-        above: &mut BTreeSet<OutputName>,
-        done: &mut BTreeSet<OutputName>,
-    ) -> Option<(OutputName, OutputName)> {
-        if above.contains(at) {
-            return Some((at.clone(), parent?.clone()));
+    let by_path: BTreeMap<&StorePath, &OutputName> = made.iter().map(|(name, info)| (&info.path, name)).collect();
+    // In the order of the names, which decides what is told of a cycle.
+    let others = |name: &OutputName| -> Vec<&OutputName> {
+        let references = made.get(name).into_iter().flat_map(|info| &info.references);
+        let mut names: Vec<&OutputName> =
+            references.filter_map(|path| by_path.get(path).copied()).filter(|other| *other != name).collect();
+        names.sort_by(|a, b| b.cmp(a));
+        names
+    };
+    let (mut above, mut done) = (BTreeSet::new(), BTreeSet::new());
+    for start in made.keys() {
+        if !done.insert(start) {
+            continue;
         }
-        if !done.insert(at.clone()) {
-            return None;
-        }
-        above.insert(at.clone());
-        let info = made.get(at)?;
-        for (name, other) in made {
-            if name != at && info.references.contains(&other.path) {
-                let found = visit(name, Some(at), made, above, done);
-                if found.is_some() {
-                    return found;
-                }
+        above.insert(start);
+        let mut stack = vec![(start, others(start))];
+        while let Some((at, rest)) = stack.last_mut() {
+            let at = *at;
+            let Some(next) = rest.pop() else {
+                above.remove(at);
+                stack.pop();
+                continue;
+            };
+            if above.contains(next) {
+                return Some((next.clone(), at.clone()));
+            }
+            if done.insert(next) {
+                above.insert(next);
+                stack.push((next, others(next)));
             }
         }
-        above.remove(at);
-        None
     }
-    let mut done = BTreeSet::new();
-    made.keys().find_map(|name| visit(name, None, made, &mut BTreeSet::new(), &mut done))
+    None
 }
 
 #[cfg(test)]

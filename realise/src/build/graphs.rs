@@ -20,7 +20,7 @@ fn refused(text: String) -> Failure {
 }
 
 /// The files that plain attributes ask for.
-pub fn files(
+pub(super) fn files(
     store: &LocalStore,
     attributes: &Attributes<'_>,
     inputs: &BTreeSet<StorePath>,
@@ -70,7 +70,7 @@ fn is_file_name(name: &[u8]) -> bool {
 }
 
 /// The values that structured attributes ask for.
-pub fn values(
+pub(super) fn values(
     store: &LocalStore,
     attributes: &Attributes<'_>,
     inputs: &BTreeSet<StorePath>,

@@ -76,14 +76,14 @@ pub(super) fn post_build(
         return Ok(());
     }
     reporter.message(Level::Talkative, format_args!("running post-build-hook '{hook}'..."));
-    let config: String = settings.show().map(|(name, value)| format!("{name} = {value}\n")).collect();
+    let config: Vec<String> = settings.show().map(|(name, value)| format!("{name} = {value}")).collect();
     let paths: Vec<String> = outputs.iter().map(|path| dir.full(path)).collect();
     let (reader, writer) = std::io::pipe().map_err(|e| misc(format!("creating pipe: {e}")))?;
     let second = writer.try_clone().map_err(|e| misc(format!("creating pipe: {e}")))?;
     let mut command = Command::new(hook);
     command.env_clear();
     command.envs(environment.iter().map(|(k, v)| (OsString::from_vec(k.clone()), OsString::from_vec(v.clone()))));
-    command.env("DRV_PATH", dir.full(drv)).env("OUT_PATHS", paths.join(" ")).env("NIX_CONFIG", config);
+    command.env("DRV_PATH", dir.full(drv)).env("OUT_PATHS", paths.join(" ")).env("NIX_CONFIG", config.join("\n"));
     command.stdin(Stdio::null()).stdout(writer).stderr(second);
     let mut child = command.spawn().map_err(|e| misc(format!("executing '{hook}': {e}")))?;
     // The writing ends must be the child's alone.
@@ -100,12 +100,7 @@ pub(super) fn post_build(
 }
 
 /// Runs `diff-hook` on two outputs that should be equal, as the build user. Failures are told.
-pub(super) fn diff(
-    settings: &Settings,
-    reporter: &dyn Reporter,
-    words: [&OsStr; 4],
-    user: Option<Owner>,
-) {
+pub(super) fn diff(settings: &Settings, reporter: &dyn Reporter, words: [&OsStr; 4], user: Option<Owner>) {
     let Some(hook) = settings.diff_hook.get().filter(|_| settings.run_diff_hook) else { return };
     let mut command = Command::new(hook);
     command.args(words).current_dir("/").stdin(Stdio::null());
@@ -114,16 +109,16 @@ pub(super) fn diff(
     }
     let failed = match command.output() {
         Err(e) => format!("executing '{hook}': {e}"),
-        Ok(output) => match outcome(output.status) {
-            Some(how) => format!("diff-hook program '{hook}' {how}"),
-            None => {
+        Ok(output) => {
+            let Some(how) = outcome(output.status) else {
                 let text = String::from_utf8_lossy(&output.stdout);
                 if !text.is_empty() {
                     reporter.message(Level::Error, format_args!("{}", text.trim_end_matches('\n')));
                 }
                 return;
-            }
-        },
+            };
+            format!("diff-hook program '{hook}' {how}")
+        }
     };
     reporter.message(Level::Error, format_args!("diff hook execution failed: {failed}"));
 }

@@ -151,7 +151,8 @@ pub fn clean_up(store: &LocalStore, kill: &dyn Fn(u32) -> io::Result<()>) {
 
 fn clean_one(store: &LocalStore, path: &Path, kill: &dyn Fn(u32) -> io::Result<()>) -> Result<(), FileError> {
     let Some(file) = LockFile::open_existing(path)? else { return Ok(()) };
-    if !file.lock(Sharing::Exclusive, &mut Wait::No)? || file.is_stale()? {
+    // It has contents, which is what marks locks of paths as stale, but not this.
+    if !file.lock(Sharing::Exclusive, &mut Wait::No)? || !file.has_name()? {
         return Ok(());
     }
     let mut text = Vec::new();
@@ -220,8 +221,7 @@ mod tests {
     fn the_dead_are_cleaned_up_and_the_living_are_not() {
         let root = tempfile::tempdir().unwrap();
         let layout = Layout::rooted(StoreDir::new("/nix/store").unwrap(), root.path());
-        let store =
-            LocalStore::open(layout, Options::default(), Access::ReadWrite, Arc::new(Silent)).unwrap();
+        let store = LocalStore::open(layout, Options::default(), Access::ReadWrite, Arc::new(Silent)).unwrap();
         let real = store.layout().real_store.clone();
         let make = |name: &str| {
             let journal = Journal::begin(store.layout()).unwrap();

@@ -89,7 +89,7 @@ pub(super) fn collect<'s>(build: &Build<'s>, left: &Left<'_>) -> Result<Collecte
         };
         let take = Take { way: left.way, candidates: &candidates, rewrites: &rewrites, also };
         let taken = build.store.take(left.target(OsStr::new(&entry)), &take)?;
-        let info = describe(build, name, &place.path, &taken)?;
+        let info = describe(build, name, &place.path, &taken);
         collected.insert(name.clone(), Output { taken, info });
     }
     let infos = infos(&collected);
@@ -133,12 +133,7 @@ fn infos(collected: &Collected<'_>) -> BTreeMap<OutputName, PathInfo> {
 }
 
 /// The record of an output.
-fn describe(
-    build: &Build<'_>,
-    name: &OutputName,
-    path: &StorePath,
-    taken: &Taken<'_>,
-) -> Result<PathInfo, Failure> {
+fn describe(build: &Build<'_>, name: &OutputName, path: &StorePath, taken: &Taken<'_>) -> PathInfo {
     let mut info = PathInfo::new(path.clone(), taken.nar_hash(), taken.nar_size_bytes());
     info.deriver = Some(build.job.drv_path.clone());
     info.ultimate = true;
@@ -149,7 +144,7 @@ fn describe(
     if let Some(Declared::Fixed { address, .. }) = build.job.drv.outputs.get(name) {
         info.content_address = Some(address.clone());
     }
-    Ok(info)
+    info
 }
 
 /// `unsafeDiscardReferences.OUT`, of structured attributes only.
@@ -239,8 +234,7 @@ pub(super) fn sign(build: &Build<'_>, info: &mut PathInfo) -> Result<(), Failure
         let text =
             std::fs::read_to_string(file).map_err(|e| Failure::from(FileError::new("reading secret key", file, e)))?;
         let key = SecretKey::parse(text.trim()).map_err(|e| Failure::of(FailureKind::Misc, &e))?;
-        let signature =
-            key.sign_path(build.store.dir(), info).map_err(|e| Failure::of(FailureKind::Misc, &e))?;
+        let signature = key.sign_path(build.store.dir(), info).map_err(|e| Failure::of(FailureKind::Misc, &e))?;
         info.signatures.insert(signature);
     }
     Ok(())
@@ -251,12 +245,8 @@ pub(super) fn register(build: &Build<'_>, collected: Collected<'_>) -> Result<()
     let closure = |paths: &BTreeSet<StorePath>| Ok(build.store.infos(&build.store.closure(paths)?)?);
     let outputs: BTreeMap<OutputName, StorePath> =
         build.outputs.iter().map(|(name, place)| (name.clone(), place.path.clone())).collect();
-    let known = checks::Known {
-        dir: build.store.dir(),
-        drv_path: &build.job.drv_path,
-        outputs: &outputs,
-        closure: &closure,
-    };
+    let known =
+        checks::Known { dir: build.store.dir(), drv_path: &build.job.drv_path, outputs: &outputs, closure: &closure };
     checks::check(&infos(&collected), &build.attributes, &known)?;
     let mut outputs = Vec::with_capacity(collected.len());
     for mut output in collected.into_values() {

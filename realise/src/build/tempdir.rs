@@ -189,7 +189,7 @@ mod tests {
         assert!(second.outer_path().ends_with("nix-build-x.drv-1"));
         // What the builder does to the modes does not keep it from going.
         std::fs::create_dir(second.path().join("d")).unwrap();
-        std::fs::set_permissions(second.path().join("d"), std::fs::Permissions::from_mode(0)).unwrap();
+        std::fs::set_permissions(second.path().join("d"), std::fs::Permissions::from_mode(0o0)).unwrap();
         drop(second);
         let kept = dir.keep(true).unwrap();
         assert_eq!(std::fs::metadata(kept).unwrap().mode() & 0o7777, 0o755);

@@ -45,8 +45,6 @@ pub fn acquire(layout: &Layout, users: &Users, group: &str) -> Result<Option<Bui
     if found.members.is_empty() {
         return Err(UsersError::NoMembers { group: group.to_owned() });
     }
-    let pool = layout.user_pool();
-    make_dirs(&pool)?;
     let me = rustix::process::geteuid().as_raw();
     for name in &found.members {
         let user = users.user_by_name(name).map_err(UsersError::Database)?;
@@ -66,7 +64,9 @@ pub fn acquire(layout: &Layout, users: &Users, group: &str) -> Result<Option<Bui
 
 /// Takes the lock of a build user, if nobody has it.
 pub(super) fn lock(layout: &Layout, uid: u32) -> Result<Option<LockFile>, FileError> {
-    let lock = LockFile::open(&layout.user_pool().join(uid.to_string()))?;
+    let pool = layout.user_pool();
+    make_dirs(&pool)?;
+    let lock = LockFile::open(&pool.join(uid.to_string()))?;
     Ok(lock.lock(Sharing::Exclusive, &mut Wait::No)?.then_some(lock))
 }
 

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -19,8 +20,13 @@ static NEXT: AtomicUsize = AtomicUsize::new(0);
 pub(crate) const BUILD_UID: u32 = 30_501;
 pub(crate) const BUILD_GID: u32 = 30_500;
 
+/// Where the launcher is, if not where cargo has put it.
+pub(crate) const LAUNCHER_VARIABLE: &str = "LARDER_SANDBOX_LAUNCHER";
+
 pub(crate) fn launcher() -> Launcher {
-    Launcher { program: env!("CARGO_BIN_EXE_larder-sandbox-launcher").into(), ..Launcher::default() }
+    let program = std::env::var_os(LAUNCHER_VARIABLE);
+    let program = program.unwrap_or_else(|| env!("CARGO_BIN_EXE_larder-sandbox-launcher").into());
+    Launcher { program: program.into(), ..Launcher::default() }
 }
 
 /// Says so where a test cannot run.
@@ -49,13 +55,18 @@ pub(crate) struct House {
 impl House {
     /// For the build user if we are root, else for ourselves.
     pub(crate) fn new() -> Self {
-        let top = tempfile::tempdir().unwrap();
-        let build = make_dir(top.path().join("build"));
-        let house = Self { top, root: RefCell::default(), build };
+        let house = Self::new_for_self();
         if rustix::process::geteuid().is_root() {
             std::os::unix::fs::chown(&house.build, Some(BUILD_UID), Some(BUILD_GID)).unwrap();
         }
         house
+    }
+
+    pub(crate) fn new_for_self() -> Self {
+        let top = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(top.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let build = make_dir(top.path().join("build"));
+        Self { top, root: RefCell::default(), build }
     }
 
     /// A shell script in a sandbox, as a build user with a user namespace.
@@ -107,9 +118,41 @@ impl House {
         }
     }
 
+    /// The program of `probe.c`, if there is a C compiler.
+    pub(crate) fn probe(&self) -> Option<PathBuf> {
+        let (program, source) = (self.top.path().join("probe"), self.top.path().join("probe.c"));
+        std::fs::write(&source, include_str!("probe.c")).unwrap();
+        compile(&["-O1", "-static"], &source, &program)
+    }
+
+    /// That program alone in an empty root, as `/probe`.
+    pub(crate) fn probe_plan(&self, probe: &Path, words: &[&str]) -> Plan {
+        let argv = [&["probe"], words].concat();
+        let mut plan = self.plan_argv("/probe", &argv);
+        root_of(&mut plan).binds =
+            vec![Bind { source: probe.to_owned(), ..Bind::same("/probe") }, Bind::writable(&self.build, "/build")];
+        plan
+    }
+
     /// The same without a sandbox.
     pub(crate) fn plain(&self, script: &str) -> Plan {
         Plan { isolation: Isolation::None, cwd: self.build.clone(), ..self.plan(script) }
+    }
+}
+
+/// Compiles a program, if there is a C compiler that can.
+pub(crate) fn compile(flags: &[&str], source: &Path, program: &Path) -> Option<PathBuf> {
+    let output = Command::new("gcc").args(flags).arg("-o").arg(program).arg(source).output();
+    match output {
+        Ok(output) if output.status.success() => Some(program.to_owned()),
+        Ok(output) => {
+            eprintln!("skipped: gcc {flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+            None
+        }
+        Err(e) => {
+            eprintln!("skipped: gcc: {e}");
+            None
+        }
     }
 }
 
@@ -148,4 +191,48 @@ pub(crate) fn log_of(plan: &Plan) -> String {
     let (ended, log) = run(plan);
     assert!(ended.is_success(), "{ended}: {log}");
     log
+}
+
+/// Reads the log until it has that text; what was read.
+pub(crate) fn log_until(child: &mut Child, text: &str) -> String {
+    let mut log = String::new();
+    let mut bytes = [0; 4096];
+    while !log.contains(text) {
+        let n = child.log().read(&mut bytes).unwrap();
+        assert!(n > 0, "the log ended without '{text}': {log}");
+        log += &String::from_utf8_lossy(&bytes[..n]);
+    }
+    log
+}
+
+/// The host's numbers of a process and all that come from it.
+pub(crate) fn descendants(pid: u32) -> Vec<u32> {
+    let mut all = vec![pid];
+    let mut at = 0;
+    while let Some(pid) = all.get(at) {
+        // A process may be gone meanwhile.
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+            let children = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            all.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+        }
+        at += 1;
+    }
+    all
+}
+
+/// A process that does not outlive its value.
+pub(crate) struct Killed(pub(crate) std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It may have ended.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// Is there such a process, and is it no zombie?
+pub(crate) fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
