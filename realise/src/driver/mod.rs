@@ -44,11 +44,11 @@ pub trait Builder: Sync {
 /// Hears of builds while they go on. Called from several threads at once.
 pub trait Listener: Sync {
     /// A builder runs.
-    fn started(&self, _drv: &StorePath) {}
+    fn started(&self, _job: &Job) {}
     /// It wrote a line, without its end. Escapes are as they came.
     fn line(&self, _drv: &StorePath, _line: &[u8]) {}
-    /// A build is over: whether it went well.
-    fn ended(&self, _drv: &StorePath, _good: bool) {}
+    /// A builder that ran has ended, and what it made is registered, or not.
+    fn ended(&self, _drv: &StorePath, _how: Result<(), &Failure>) {}
     /// So many of the goals are done, and so many are known.
     fn count(&self, _done: usize, _total: usize) {}
     /// Something failed for which others wait; the text has no `error: `.
@@ -163,7 +163,10 @@ impl<'a> Driver<'a> {
             Outcome::NoBuildUser => Built::NoBuildUser,
             Outcome::Failed(failure) => Built::Failed(failure),
         };
-        watcher.end(matches!(built, Built::Valid { .. }));
+        watcher.end(match &built {
+            Built::Failed(failure) => Err(failure),
+            _ => Ok(()),
+        });
         built
     }
 }

@@ -67,7 +67,10 @@ impl Report {
         }
         let mut failed: BTreeSet<&StorePath> = BTreeSet::new();
         let mut errors: Vec<String> = Vec::new();
-        for ended in &self.targets {
+        // By name, as goals are worked.
+        let mut targets: Vec<&Ended> = self.targets.iter().collect();
+        targets.sort_by(|one, other| one.target.key.cmp(&other.target.key));
+        for ended in targets {
             if matches!(ended.result, Some(Ok(_))) {
                 continue;
             }
@@ -83,11 +86,13 @@ impl Report {
         if failed.is_empty() {
             return Ok(());
         }
-        let text = match (failed.len(), errors.pop()) {
+        let mut errors = errors.into_iter();
+        let text = match (failed.len(), errors.next()) {
             (1, Some(only)) => only,
-            (_, last) => {
-                for text in errors.iter().chain(&last) {
-                    tell(text);
+            // Nix keeps the first, in case there is no other, and so tells it last.
+            (_, first) => {
+                for text in errors.chain(first) {
+                    tell(&text);
                 }
                 let names: Vec<String> = failed.iter().map(|path| format!("'{}'", self.dir.display(path))).collect();
                 format!("build of {} failed", names.join(", "))

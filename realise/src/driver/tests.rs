@@ -1,6 +1,7 @@
 //! The driver in a real store, with builders that only say they built something.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 
@@ -101,7 +102,7 @@ impl House {
             let path = job.drv.outputs.get(name).unwrap().path().unwrap().clone();
             let full = self.store.dir().full(&path);
             std::fs::write(&full, name.as_str()).unwrap();
-            records.push_str(&format!("{full}\n{}\n0\n", self.store.dir().full(&job.drv_path)));
+            writeln!(records, "{full}\n{}\n0", self.store.dir().full(&job.drv_path)).unwrap();
             outputs.insert(name.clone(), path);
         }
         let how = larder_store::register::RegisterOptions { hash_given: false, reregister: false };
@@ -138,8 +139,8 @@ impl Listener for Ears {
     fn line(&self, drv: &StorePath, line: &[u8]) {
         self.0.lock().unwrap().push(format!("{}: {}", drv.name(), String::from_utf8_lossy(line)));
     }
-    fn ended(&self, drv: &StorePath, good: bool) {
-        self.0.lock().unwrap().push(format!("{}: {good}", drv.name()));
+    fn ended(&self, drv: &StorePath, how: Result<(), &Failure>) {
+        self.0.lock().unwrap().push(format!("{}: {}", drv.name(), how.is_ok()));
     }
     fn failed(&self, text: &str) {
         self.0.lock().unwrap().push(format!("failed: {text}"));

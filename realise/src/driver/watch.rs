@@ -4,17 +4,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use larder_core::report::Level;
-use larder_core::store_path::StorePath;
 use larder_store::LocalStore;
 
 use super::{Lines, Listener};
-use crate::job::{Job, Mode, Watch};
+use crate::job::{Failure, Job, Mode, Watch};
 
 pub(super) struct Watcher<'a> {
     store: &'a LocalStore,
     listener: &'a dyn Listener,
-    drv: &'a StorePath,
-    mode: Mode,
+    job: &'a Job,
     cancel: &'a AtomicBool,
     state: Mutex<State>,
 }
@@ -27,20 +25,20 @@ struct State {
 
 impl<'a> Watcher<'a> {
     pub(super) fn new(store: &'a LocalStore, listener: &'a dyn Listener, job: &'a Job, cancel: &'a AtomicBool) -> Self {
-        Self { store, listener, drv: &job.drv_path, mode: job.mode, cancel, state: Mutex::default() }
+        Self { store, listener, job, cancel, state: Mutex::default() }
     }
 
     fn line(&self, line: &[u8]) {
         if !is_message(line) {
-            self.listener.line(self.drv, line);
+            self.listener.line(&self.job.drv_path, line);
         }
     }
 
-    pub(super) fn end(&self, good: bool) {
+    pub(super) fn end(&self, how: Result<(), &Failure>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.lines.finish(|line| self.line(line));
         if std::mem::take(&mut state.started) {
-            self.listener.ended(self.drv, good);
+            self.listener.ended(&self.job.drv_path, how);
         }
     }
 }
@@ -53,14 +51,14 @@ fn is_message(line: &[u8]) -> bool {
 impl Watch for Watcher<'_> {
     fn started(&self) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).started = true;
-        let drv = self.store.dir().display(self.drv);
+        let drv = self.store.dir().display(&self.job.drv_path);
         let reporter = self.store.reporter();
-        match self.mode {
+        match self.job.mode {
             Mode::Normal => reporter.message(Level::Info, format_args!("building '{drv}'...")),
             Mode::Check => reporter.message(Level::Info, format_args!("checking outputs of '{drv}'...")),
             Mode::Repair => reporter.message(Level::Info, format_args!("repairing outputs of '{drv}'...")),
         }
-        self.listener.started(self.drv);
+        self.listener.started(self.job);
     }
 
     fn log(&self, bytes: &[u8]) {

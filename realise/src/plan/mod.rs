@@ -46,6 +46,8 @@ pub struct Plan {
     top_goals: Id,
     /// How many of these are not done.
     tops_left: usize,
+    /// How many goals are done.
+    done: usize,
     actions: Vec<Action>,
     /// Goals whose waiting is over.
     woken: Vec<Id>,
@@ -78,6 +80,7 @@ impl Plan {
             tops: Vec::new(),
             top_goals: 0,
             tops_left: 0,
+            done: 0,
             actions: Vec::new(),
             woken: Vec::new(),
             ready_paths: BTreeSet::new(),
@@ -198,7 +201,7 @@ impl Plan {
 
     /// How many derivations and paths there are goals for, and how many of them are done.
     pub fn count(&self) -> (usize, usize) {
-        (self.goals.iter().filter(|goal| goal.state == State::Done).count(), self.goals.len())
+        (self.done, self.goals.len())
     }
 
     fn goal(&self, id: Id) -> &Goal {
@@ -259,6 +262,7 @@ impl Plan {
                 goal.tried_fetch = false;
                 goal.again = goal::Again::No;
                 self.tops_left += usize::from(id < self.top_goals);
+                self.done -= 1;
                 self.ask(id);
             }
             State::Done => {}
@@ -347,6 +351,7 @@ impl Plan {
     fn finish(&mut self, id: Id, result: Result<Success, GoalError>) {
         let class = result.as_ref().err().map(GoalError::class);
         let made = self.made.len();
+        self.done += 1;
         let goal = self.goal_mut(id);
         goal.made_before = made;
         goal.state = State::Done;

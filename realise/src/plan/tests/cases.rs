@@ -328,6 +328,19 @@ fn an_interrupt_stops_everything() {
     assert_eq!(plan.stopped(), Some(Stop::Interrupted));
 }
 
+/// Each derivation is looked at once and read once, and each is started once.
+#[test]
+fn ten_thousand_goals() {
+    let leaves: Vec<Drv> = (0..10_000).map(|number| drv(number, "leaf", &["out"], &[])).collect();
+    let inputs: Vec<(&Drv, &[&str])> = leaves.iter().map(|leaf| (leaf, &["out"][..])).collect();
+    let top = drv(20_000, "top", &["out"], &inputs);
+    let mut world = self::world(&leaves.iter().chain([&top]).collect::<Vec<_>>());
+    let options = Options { has_substituters: false, max_jobs: 2, ..options() };
+    let plan = run(&mut world, options, &[target(&top, &[])]);
+    assert_eq!(results(&plan), [Ok(Success::Built)]);
+    assert_eq!((world.built.len(), world.looked, plan.count()), (10_001, 20_002, (10_001, 10_001)));
+}
+
 /// A chain of a hundred thousand: no deep stack, and each is looked at once.
 #[test]
 fn a_long_chain() {

@@ -75,6 +75,8 @@ pub(super) struct World {
     pub(super) fetched: Vec<StorePath>,
     pub(super) notices: Vec<Notice>,
     pub(super) asked: usize,
+    /// Questions about derivations in this store.
+    pub(super) looked: usize,
     making: HashSet<StorePath>,
     building: usize,
     fetching: usize,
@@ -153,7 +155,7 @@ impl World {
                             assert!(self.valid.contains(path), "started before its inputs");
                         }
                     }
-                    assert!(drv.sources.is_subset(&self.valid.iter().cloned().collect()), "before its sources");
+                    assert!(drv.sources.iter().all(|source| self.valid.contains(source)), "before its sources");
                     let missing =
                         drv.outputs.iter().filter(|(n, _)| wanted.has(n)).any(|(_, p)| !self.valid.contains(p));
                     assert!(missing || *mode != Mode::Normal, "made twice");
@@ -191,6 +193,7 @@ impl World {
     fn answer(&mut self, options: &Options, action: Action) -> Event {
         match action {
             Action::AskOutputs { drv, verify } => {
+                self.looked += 1;
                 let found = self.drvs.get(&drv).filter(|found| found.valid || self.valid.contains(&found.path));
                 let answer = found.map(|found| {
                     let known = |(name, path): (&OutputName, &StorePath)| {
@@ -208,6 +211,7 @@ impl World {
                 Event::Outputs { drv, answer: Ok(answer) }
             }
             Action::AskInputs { drv } => {
+                self.looked += 1;
                 let found = self.drvs.get(&drv).expect("it exists");
                 let facts = Facts {
                     inputs: found.inputs.clone(),
