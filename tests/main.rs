@@ -16,6 +16,7 @@ mod interop;
 mod limits;
 mod people;
 mod process;
+mod realise;
 mod stress;
 mod tidy;
 mod vectors;
