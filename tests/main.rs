@@ -13,6 +13,7 @@ mod garbage;
 mod hashes;
 mod house;
 mod interop;
+mod interop_build;
 mod limits;
 mod people;
 mod process;
