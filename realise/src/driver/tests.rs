@@ -1,6 +1,7 @@
 //! The driver in a real store, with builders that only say they built something.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 
@@ -101,7 +102,7 @@ impl House {
             let path = job.drv.outputs.get(name).unwrap().path().unwrap().clone();
             let full = self.store.dir().full(&path);
             std::fs::write(&full, name.as_str()).unwrap();
-            records.push_str(&format!("{full}\n{}\n0\n", self.store.dir().full(&job.drv_path)));
+            writeln!(records, "{full}\n{}\n0", self.store.dir().full(&job.drv_path)).unwrap();
             outputs.insert(name.clone(), path);
         }
         let how = larder_store::register::RegisterOptions { hash_given: false, reregister: false };
