@@ -1,4 +1,5 @@
 //! Collecting garbage with `nix-store`.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
@@ -186,4 +187,221 @@ fn delete_and_liveness() {
     let missing = format!("{}/{}-none", house.path().join("store").display(), "0".repeat(32));
     let gone = house.words("nix-store", &format!("--delete {missing}"));
     assert_eq!((gone.stdout.as_str(), gone.status), ("1 store paths deleted, 0.00 MiB freed\n", Some(0)));
+}
+
+fn strace(house: &House, calls: &str, words: &str) -> Option<String> {
+    let log = house.path().join("trace");
+    let mut command = house.command("strace");
+    command.args(["-f", "-qq", "-e", calls, "-o"]).arg(&log).arg(crate::house::LARDER).arg("nix-store");
+    let run = run(command.args(words.split(' ')), b"");
+    if run.status != Some(0) {
+        println!("skipped: strace does not work here: {}", run.stderr);
+        return None;
+    }
+    std::fs::read_to_string(log).ok()
+}
+
+#[test]
+fn s020_what_is_linked_is_not_read_again() {
+    let house = House::new();
+    std::fs::create_dir_all(house.work().join("tree/sub")).unwrap();
+    for n in 0..30 {
+        house.write(&format!("tree/sub/f{n}"), format!("text {}", n % 5));
+    }
+    house.words("nix-store", "--add tree");
+    let first = house.words("nix-store", "--optimise");
+    assert_eq!(first.stderr, "0.00 MiB freed by hard-linking 25 files\n");
+    let Some(trace) = strace(&house, "openat", "--optimise") else { return };
+    let read = trace.lines().filter(|line| line.contains("\"f")).count();
+    assert_eq!(read, 0, "{trace}");
+}
+
+#[test]
+fn s023_s092_links_are_counted_and_cleaned() {
+    let house = House::new();
+    for name in ["a", "b", "c"] {
+        house.add(name, vec![b'x'; 2 << 20]);
+    }
+    let other = house.add("other", vec![b'y'; 1 << 20]);
+    house.root("r", &other);
+    let kept = house.add("a", vec![b'x'; 2 << 20]);
+    house.root("a", &kept);
+    assert_eq!(house.words("nix-store", "--optimise").stderr, "4.00 MiB freed by hard-linking 2 files\n");
+    assert!(house.gc("--max-freed 0").stderr.ends_with("note: currently hard linking saves 4.00 MiB\n"));
+    // Two of the three names go: nothing is freed but the names.
+    let run = house.gc("");
+    assert_eq!(run.stdout, "2 store paths deleted, 0.00 MiB freed\n");
+    assert!(run.stderr.contains("note: currently hard linking saves -0.00 MiB\n"), "{}", run.stderr);
+    let links = || std::fs::read_dir(house.path().join("store/.links")).unwrap().count();
+    assert_eq!(links(), 2);
+    std::fs::remove_file(house.path().join("var/gcroots/a")).unwrap();
+    assert_eq!(house.gc("").stdout, "1 store paths deleted, 2.00 MiB freed\n");
+    assert_eq!(links(), 1, "no entry has one name left");
+}
+
+#[test]
+fn s042_s067_roots_of_a_path() {
+    let house = House::new();
+    let path = house.add("p", "p");
+    let link = house.work().join("result");
+    symlink(&path, &link).unwrap();
+    let auto = house.path().join("var/gcroots/auto");
+    std::fs::create_dir_all(&auto).unwrap();
+    symlink(&link, auto.join("x")).unwrap();
+    house.words("nix-store", &format!("-q --roots {path}")).prints(&format!("{} -> {path}\n", link.display()));
+}
+
+#[test]
+fn s094_paths_are_linked_as_they_come() {
+    use std::os::unix::fs::MetadataExt as _;
+    let house = House::new();
+    house.write("f", "the same");
+    std::fs::copy(house.work().join("f"), house.work().join("g")).unwrap();
+    let added = house.words("nix-store", "--option auto-optimise-store true --add f g");
+    assert_eq!((added.status, added.stderr.as_str()), (Some(0), ""));
+    for path in added.stdout.lines() {
+        assert_eq!(std::fs::metadata(path).unwrap().nlink(), 3, "{path}");
+    }
+    assert_eq!(house.words("nix-store", "--verify --check-contents").status, Some(0));
+}
+
+/// A run that is killed leaves a half-deleted tree aside: the path cannot come back to life with
+/// it, and the next run removes the rest.
+#[test]
+fn s069_leftovers_are_finished() {
+    let house = House::new();
+    std::fs::create_dir_all(house.work().join("tree/sub")).unwrap();
+    for n in 0..10 {
+        house.write(&format!("tree/sub/f{n}"), format!("{n}"));
+    }
+    let path = house.words("nix-store", "--add tree").stdout;
+    let mut command = house.command("strace");
+    command.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=unlinkat", "-e", "inject=unlinkat:signal=KILL:when=4"]);
+    let killed = run(command.args([crate::house::LARDER, "nix-store", "--gc"]).env("RAYON_NUM_THREADS", "1"), b"");
+    if killed.status == Some(0) || killed.stderr.contains("strace:") {
+        println!("skipped: strace does not work here");
+        return;
+    }
+    let left = house.store_names();
+    assert!(left.len() == 1 && left[0].starts_with(".larder-trash-"), "{left:?}");
+    house.words("nix-store", "--add tree").prints(&path);
+    house.root("r", path.trim_end());
+    assert_eq!(house.words("nix-store", "--verify --check-contents").status, Some(0));
+    assert_eq!(house.gc("").status, Some(0));
+    assert_eq!(house.store_names(), [base(path.trim_end())]);
+}
+
+/// Room is made before something is added.
+#[test]
+fn auto_gc() {
+    let house = House::new();
+    for n in 0..4 {
+        house.add(&format!("f{n}"), vec![b'0' + n; 10_000]);
+    }
+    let free = house.write("free", "1000");
+    house.write("new", "n");
+    let add = |options: &str| {
+        let words = format!("{options} --add new");
+        run(house.applet("nix-store").args(words.split(' ')).env("_NIX_TEST_FREE_SPACE_FILE", &free), b"")
+    };
+    let enough = add("--option min-free 1000 --option max-free 20000");
+    assert_eq!((enough.status, enough.stderr.as_str()), (Some(0), ""));
+    let made = add("--option min-free 1001 --option max-free 16000");
+    assert_eq!(made.status, Some(0));
+    assert!(made.stderr.starts_with("running auto-GC to free 15000 bytes\n"), "{}", made.stderr);
+    assert!(made.stderr.contains("deleted more than 15000 bytes; stopping"), "{}", made.stderr);
+    assert!(house.store_names().len() <= 4, "{:?}", house.store_names());
+    assert!(PathBuf::from(made.stdout.trim_end()).exists());
+}
+
+#[test]
+fn generations() {
+    let house = House::new();
+    let paths = [house.add("a", "a"), house.add("b", "b"), house.add("c", "c")];
+    let profiles = house.path().join("var/profiles/per-user/me");
+    std::fs::create_dir_all(&profiles).unwrap();
+    for (n, path) in (1..).zip(&paths) {
+        symlink(path, profiles.join(format!("p-{n}-link"))).unwrap();
+    }
+    symlink("p-2-link", profiles.join("p")).unwrap();
+    let said = format!("removing old generations of profile {}/p\n", profiles.display());
+    let dry = house.words("nix-collect-garbage", "-d --dry-run");
+    let wanted = format!("{said}would remove profile version 1\nwould remove profile version 3\n");
+    assert_eq!((dry.stdout.as_str(), dry.stderr), ("", wanted));
+    assert_eq!(house.words("nix-collect-garbage", "").stdout, "0 store paths deleted, 0.00 MiB freed\n");
+    let young = house.words("nix-collect-garbage", "--delete-older-than 1d");
+    assert!(young.stderr.starts_with(&format!("{said}finding")), "{}", young.stderr);
+    let run = house.words("nix-collect-garbage", "-d");
+    let wanted = format!("{said}removing profile version 1\nremoving profile version 3\nfinding");
+    assert!(run.stderr.starts_with(&wanted), "{}", run.stderr);
+    assert_eq!(run.stdout, "2 store paths deleted, 0.00 MiB freed\n");
+    assert_eq!(house.store_names(), [base(&paths[1])]);
+    house
+        .words("nix-collect-garbage", "--delete-older-than 1x")
+        .fails_usage("nix-collect-garbage", "invalid number of days specifier '1x', expected something like '14d'");
+}
+
+/// The database is lost: what can be known again is, what cannot is told.
+#[test]
+fn the_database_is_made_anew() {
+    let house = House::new();
+    std::fs::create_dir_all(house.work().join("tree")).unwrap();
+    house.write("tree/x", "x");
+    let (flat, tree) = (house.add("flat", "f"), house.words("nix-store", "--add tree").stdout);
+    let tree = tree.trim_end();
+    house.write("user", format!("refers to {flat} and {tree}/x"));
+    let base_of = |path: &str| base(path);
+    // Registered by hand, as a build would.
+    let user = format!("{}/{}-user", house.path().join("store").display(), "3".repeat(32));
+    std::fs::copy(house.work().join("user"), &user).unwrap();
+    let text = format!("{user}\n\n2\n{flat}\n{tree}\n");
+    let registered = house.feed("nix-store", "--register-validity", text.as_bytes());
+    assert_eq!(registered.status, Some(0), "{registered:?}");
+    std::fs::write(house.path().join("store").join(format!("{}-left.lock", "4".repeat(32))), "").unwrap();
+    let before = house.words("nix-store", "--dump-db").stdout;
+    let db = house.path().join("var/db/larder.redb");
+    for damage in ["lost", "cut", "zeros"] {
+        let bytes = std::fs::read(&db).unwrap();
+        match damage {
+            "lost" => std::fs::remove_file(&db).unwrap(),
+            "cut" => std::fs::write(&db, &bytes[..bytes.len() / 3]).unwrap(),
+            _ => std::fs::write(&db, vec![0; bytes.len()]).unwrap(),
+        }
+        if damage != "lost" {
+            let broken = house.words("nix-store", "--dump-db");
+            assert_eq!((broken.status, broken.stdout.as_str()), (Some(1), ""), "{damage}: {broken:?}");
+            assert!(broken.stderr.contains("larder.redb"), "{damage}: {broken:?}");
+            assert!(house.gc("").status == Some(1) && std::path::Path::new(&flat).exists(), "{damage}: nothing goes");
+        }
+        let rebuilt = house.words("larder", "db rebuild --json");
+        assert_eq!(rebuilt.status, Some(0), "{damage}: {rebuilt:?}");
+        let told: serde_json::Value = serde_json::from_str(&rebuilt.stdout).unwrap();
+        assert_eq!(told["proved"].as_array().unwrap().len(), 2, "{damage}: {told}");
+        assert_eq!(told["taken"][0].as_str().map(base_of), Some(base(&user)), "{damage}: {told}");
+        assert_eq!(told["left"].as_array().unwrap().len(), 1, "{damage}: {told}");
+        assert_eq!(house.words("nix-store", "--dump-db").stdout, before, "{damage}");
+        assert_eq!(house.words("larder", "verify --full").status, Some(0), "{damage}");
+    }
+}
+
+#[test]
+fn people_are_told_and_asked() {
+    let house = House::new();
+    let (kept, gone) = (house.add("kept", "k"), house.add("gone", "g"));
+    house.root("r", &kept);
+    let refused = house.words("larder", "gc");
+    assert_eq!((refused.status, refused.stdout.contains(&gone)), (Some(1), true));
+    assert!(refused.stderr.contains("--yes"), "{}", refused.stderr);
+    assert!(PathBuf::from(&gone).exists());
+    let plan = house.words("larder", "gc --dry-run").stdout;
+    assert!(plan.ends_with("1 path would be deleted, 0.00 MiB freed\n"), "{plan}");
+    let why = house.words("larder", &format!("why {kept} {gone}")).stdout;
+    let link = house.path().join("var/gcroots/r");
+    assert!(why.starts_with(&format!("{} (link)\n  -> {kept}\n", link.display())), "{why}");
+    assert!(why.ends_with("no root keeps it; the next collection deletes it\n"), "{why}");
+    house.words("larder", "roots").prints(&format!("{} -> {kept}\n", link.display()));
+    house.words("larder", "gc --if-dropped nonsense").fails("'nonsense' is no root; `larder roots` shows them");
+    assert_eq!(house.words("larder", "gc --yes").status, Some(0));
+    assert_eq!(house.store_names(), [base(&kept)]);
+    assert_eq!(house.words("larder", "verify --quick").status, Some(0));
 }

@@ -28,7 +28,12 @@ pub struct Run {
 
 impl House {
     pub fn new() -> Self {
-        let dir = tempfile::Builder::new().prefix("larder-house-").tempdir().expect("a temporary directory");
+        Self::below(&std::env::temp_dir())
+    }
+
+    /// A house in a directory of one's choice.
+    pub fn below(parent: &Path) -> Self {
+        let dir = tempfile::Builder::new().prefix("larder-house-").tempdir_in(parent).expect("a temporary directory");
         for name in ["etc", "home", "work"] {
             std::fs::create_dir(dir.path().join(name)).expect("a directory in an empty one");
         }

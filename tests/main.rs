@@ -9,7 +9,10 @@
 
 mod collections;
 mod crash;
+mod full_disk;
 mod garbage;
+mod garbage_cuts;
+mod garbage_stress;
 mod hashes;
 mod house;
 mod interop;

@@ -333,6 +333,10 @@ pub struct Facts {
     pub state_dir: StateDir,
     pub socket_exists: bool,
     pub is_root: bool,
+    /// Does the user want to change the store?
+    pub to_write: bool,
+    /// Does the user have a store of their own already?
+    pub own_exists: bool,
 }
 
 /// What we can do with the state directory.
@@ -350,9 +354,15 @@ pub enum StateDir {
 
 impl Facts {
     /// Nothing is known, for where it does not matter.
-    pub const NONE: Self = Self { state_dir: StateDir::OutOfReach, socket_exists: false, is_root: false };
+    pub const NONE: Self = Self {
+        state_dir: StateDir::OutOfReach,
+        socket_exists: false,
+        is_root: false,
+        to_write: false,
+        own_exists: false,
+    };
 
-    pub fn gather(env: &Env) -> Result<Self, ConfError> {
+    pub fn gather(env: &Env, to_write: bool) -> Result<Self, ConfError> {
         let local = LocalStore::from_env(env)?;
         let state = &local.layout.state;
         let state_dir = if may(state, Access::READ_OK | Access::WRITE_OK) {
@@ -364,7 +374,13 @@ impl Facts {
         } else {
             StateDir::OutOfReach
         };
-        Ok(Self { state_dir, socket_exists: local.daemon_socket(env).exists(), is_root: env.is_root })
+        Ok(Self {
+            state_dir,
+            socket_exists: local.daemon_socket(env).exists(),
+            is_root: env.is_root,
+            to_write,
+            own_exists: env.own_root().exists(),
+        })
     }
 }
 
@@ -407,7 +423,8 @@ pub fn choose(uri: &str, env: &Env, facts: Facts) -> Result<StoreChoice, ChoiceE
     }
 }
 
-/// Settings, section 7; a user's own store under the condition that 2.26 has for it.
+/// Settings, section 7. A user's own store is taken where 2.26 takes one, and also where the store
+/// of the system is there, but only to be read: then for whoever wants to change it, and from then on.
 fn auto(uri: &str, query: &str, env: &Env, facts: Facts) -> Result<StoreChoice, ChoiceError> {
     let configured = ["NIX_STORE_DIR", "NIX_STORE", "NIX_STATE_DIR", "NIX_LOG_DIR", "NIX_DB_DIR"];
     let configured = configured.into_iter().any(|name| env.get_filled(name).is_some());
@@ -415,7 +432,14 @@ fn auto(uri: &str, query: &str, env: &Env, facts: Facts) -> Result<StoreChoice, 
         local(uri, query, env, None)
     } else if facts.socket_exists {
         Ok(StoreChoice::Daemon { socket: LocalStore::from_env(env)?.daemon_socket(env) })
-    } else if facts.state_dir == StateDir::OutOfReach && !facts.is_root && !configured {
+    } else if !facts.is_root
+        && !configured
+        && match facts.state_dir {
+            StateDir::OutOfReach => true,
+            StateDir::ReadOnly => facts.to_write || facts.own_exists,
+            StateDir::Usable | StateDir::Creatable => false,
+        }
+    {
         match local(uri, query, env, Some(env.own_root()))? {
             StoreChoice::Local(store) => Ok(StoreChoice::Local(LocalStore { is_private: true, ..store })),
             other => Ok(other),
@@ -612,13 +636,17 @@ mod tests {
             state /h/.local/share/larder/root/nix/var/nix, log /h/.local/share/larder/root/nix/var/log/nix, private";
         let home = &[("HOME", "/h")];
         let seen = |state_dir| Facts { state_dir, ..Facts::NONE };
-        let socket = |state_dir| Facts { socket_exists: true, ..seen(state_dir) };
+        let socket = |state_dir| Facts { socket_exists: true, to_write: true, ..seen(state_dir) };
         let daemon = "daemon /nix/var/nix/daemon-socket/socket";
         assert_eq!(told("", home, socket(StateDir::Usable)), plain);
         for state_dir in [StateDir::ReadOnly, StateDir::Creatable, StateDir::OutOfReach] {
             assert_eq!(told("auto", home, socket(state_dir)), daemon);
         }
         assert_eq!(told("auto", home, seen(StateDir::ReadOnly)), plain, "one may ask a store that one cannot change");
+        let read_only = seen(StateDir::ReadOnly);
+        assert_eq!(told("auto", home, Facts { to_write: true, ..read_only }), private);
+        assert_eq!(told("auto", home, Facts { own_exists: true, ..read_only }), private, "it stays the same store");
+        assert_eq!(told("auto", home, Facts { to_write: true, is_root: true, ..read_only }), plain);
         assert_eq!(told("auto", home, seen(StateDir::Creatable)), plain);
         assert_eq!(told("auto", home, seen(StateDir::OutOfReach)), private);
         assert_eq!(told("auto", home, Facts { is_root: true, ..Facts::NONE }), plain);

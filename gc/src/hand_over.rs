@@ -125,7 +125,8 @@ impl Drop for Closing<'_> {
 
 /// Listens while `work` runs. The caller holds the collector's lock, exclusively.
 ///
-/// Errors: the socket cannot be made.
+/// On a disk without room for a socket there is none: then newcomers wait until the run has ended, or
+/// until the next one, for which this one makes room. Errors: the socket cannot be made otherwise.
 pub fn listen_during<T>(
     layout: &Layout,
     reporter: &(dyn Reporter + Sync),
@@ -133,15 +134,20 @@ pub fn listen_during<T>(
 ) -> Result<T, FileError> {
     const DOING: &str = "making the collector's socket";
     let socket = layout.gc_socket();
-    let listener = bind(&socket)?;
-    listener.set_nonblocking(true).at(DOING, &socket)?;
+    let listener = match bind(&socket) {
+        Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => None,
+        listener => Some(listener?),
+    };
     let flags = rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK;
     let (woken, wake) = rustix::pipe::pipe_with(flags).at(DOING, &socket)?;
     let desk = Desk { claims: Mutex::default(), wake, woken, closed: false.into() };
     std::thread::scope(|scope| {
-        let listening = std::thread::Builder::new().name("new roots".to_owned());
         let desk = &desk;
-        listening.spawn_scoped(scope, move || serve(&listener, desk, layout, reporter)).at(DOING, &socket)?;
+        if let Some(listener) = listener {
+            listener.set_nonblocking(true).at(DOING, &socket)?;
+            let listening = std::thread::Builder::new().name("new roots".to_owned());
+            listening.spawn_scoped(scope, move || serve(&listener, desk, layout, reporter)).at(DOING, &socket)?;
+        }
         let _closing = Closing(desk);
         Ok(work(desk))
     })

@@ -55,7 +55,7 @@ const fn argument(index: u32) -> u32 {
 /// What is to become of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
-    /// `EPERM` if this argument, a mode, has one of [`SET_ID`].
+    /// `EPERM` if this argument, a mode, has a set-id bit.
     Mode(u32),
     /// The same, if the flags in the first argument of the two make a file.
     OpenMode { flags: u32, mode: u32 },

@@ -16,7 +16,7 @@ pub struct Plan {
     pub program: PathBuf,
     /// All arguments, the first being the program's name for itself.
     pub argv: Vec<OsString>,
-    /// The whole environment.
+    /// The whole environment. Names are not judged: the kernel sees `NAME=VALUE`.
     pub env: Vec<(OsString, OsString)>,
     /// Where it starts, as the builder sees it. Must exist by then.
     #[serde(with = "path_bytes")]
@@ -236,8 +236,6 @@ pub enum PlanError {
     ZeroByte { text: OsString },
     #[error("there is no first argument")]
     NoArgument,
-    #[error("'{}' cannot name an environment variable", name.display())]
-    Variable { name: OsString },
     #[error("the builder would run as root outside of a user namespace; a build user is required")]
     Root,
 }
@@ -255,11 +253,6 @@ impl Plan {
         }
         if self.argv.is_empty() {
             return Err(PlanError::NoArgument);
-        }
-        for (name, _) in &self.env {
-            if name.is_empty() || name.as_bytes().contains(&b'=') {
-                return Err(PlanError::Variable { name: name.clone() });
-            }
         }
         match &self.isolation {
             Isolation::None => Ok(()),
@@ -308,7 +301,71 @@ mod path_bytes {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt as _;
+
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn plan(bytes: &[u8]) -> Plan {
+        let text = OsString::from_vec(bytes.to_vec());
+        let path = Path::new("/").join(&text);
+        let root = Root {
+            dir: path.clone(),
+            user_namespace: Some(InsideIds { uid: 1000, gid: 100 }),
+            dirs: vec![Dir { path: path.clone(), mode: 0o755, owner: Some((1, 2)) }],
+            files: vec![File { path: path.clone(), mode: 0o644, contents: bytes.to_vec() }],
+            links: vec![Link { path: path.clone(), target: text.clone() }],
+            binds: vec![Bind::writable(&path, &path), Bind::same(&path)],
+            dev: Some(Dev { kvm: true, shm_size: None, pts: true }),
+            proc: true,
+            private_network: true,
+            host_name: text.clone(),
+            domain_name: text.clone(),
+        };
+        Plan {
+            program: path.clone(),
+            argv: vec![text.clone()],
+            env: vec![(text.clone(), text.clone())],
+            cwd: path,
+            umask: 0o022,
+            ids: Some(Ids { uid: 1, gid: 2, groups: vec![3] }),
+            isolation: Isolation::Root(Box::new(root)),
+            personality: Personality::default(),
+            limits: vec![Limit { resource: Resource::Core, soft: Some(0), hard: None }],
+            filter_syscalls: true,
+            no_new_privileges: true,
+            scope: Scope::default(),
+            cgroups: vec![text],
+        }
+    }
+
+    proptest! {
+        /// Whatever bytes names are made of, the launcher gets the plan that was made.
+        #[test]
+        fn plans_arrive_as_they_were_sent(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let plan = plan(&bytes);
+            let sent = postcard::to_stdvec(&plan).unwrap();
+            prop_assert_eq!(postcard::from_bytes::<Plan>(&sent).unwrap(), plan);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused() {
+        assert_eq!(plan(b"\xff").check(), Ok(()));
+        assert!(matches!(plan(b"a\0b").check(), Err(PlanError::ZeroByte { .. })));
+        assert!(matches!(plan(b"a/../b").check(), Err(PlanError::Inside { .. })));
+        let mut relative = plan(b"a");
+        relative.cwd = "a".into();
+        assert!(matches!(relative.check(), Err(PlanError::Inside { .. })));
+        let mut silent = plan(b"a");
+        silent.argv.clear();
+        assert_eq!(silent.check(), Err(PlanError::NoArgument));
+        let Isolation::Root(mut root) = plan(b"a").isolation else { panic!("a root") };
+        root.dir = "a".into();
+        let relative = Plan { isolation: Isolation::Root(root), ..plan(b"a") };
+        assert!(matches!(relative.check(), Err(PlanError::Host { .. })));
+    }
 
     /// Of seed S046 and building, rule 5.4: system or kernel.
     #[test]

@@ -1,6 +1,6 @@
 //! What launcher, reaper and builder tell whoever launched them.
 //!
-//! One message of a `SOCK_SEQPACKET` socket is one [`Report`] in postcard form.
+//! One message of a `SOCK_SEQPACKET` socket is one `Report` in postcard form.
 
 use std::fmt;
 use std::io;
@@ -118,8 +118,8 @@ impl SetupError {
             Errno::INVAL if call.starts_with("open_tree") => {
                 "an ordinary user can bind a directory only together with what is mounted below it"
             }
-            Errno::ACCESS if call.starts_with("seccomp") => {
-                "without root, the filter needs no_new_privs: do not set 'allow-new-privileges'"
+            Errno::ACCESS | Errno::PERM if call.starts_with("seccomp") || call.starts_with("landlock") => {
+                "without root this needs no_new_privs: do not set 'allow-new-privileges'"
             }
             Errno::INVAL if call.starts_with("seccomp") => {
                 "the kernel is built without CONFIG_SECCOMP_FILTER; set 'filter-syscalls = false' to do without"

@@ -20,6 +20,7 @@ use larder_fs::gc_lock::{GcLock, WAITING};
 use larder_fs::lock_file::{Sharing, Wait};
 use larder_fs::remove::{LinkCounts, OnFailure, remove_counted, thaw};
 use larder_gc::hand_over::{Desk, listen_during};
+use larder_store_db::DbError;
 use rayon::prelude::*;
 use rustix::fs::RenameFlags;
 use rustix::io::Errno;
@@ -56,10 +57,13 @@ pub(crate) struct Broom<'r> {
     store: &'r LocalStore,
     pub(crate) desk: &'r Desk,
     bin: Sender<Bag>,
+    counts: &'r LinkCounts,
     /// Entries of the store directory that are gone.
     pub(crate) swept: u64,
     /// Entries that could not even be moved aside.
     stuck: u64,
+    /// Bytes of what there was no room to move aside.
+    freed_in_place: u64,
     number: u64,
 }
 
@@ -80,15 +84,17 @@ impl LocalStore {
         let lock = GcLock::acquire(self.layout(), Sharing::Exclusive, Wait::Yes(&mut wait))?;
         let counts = LinkCounts::new(self.layout().links());
         let (bin, bags) = crossbeam_channel::unbounded();
-        let mut swept = (0, 0);
+        let mut swept = (0, 0, 0);
         let (outcome, emptied) = std::thread::scope(|scope| {
             let emptying = scope.spawn(|| self.empty(&bags, &counts));
             let outcome = listen_during(self.layout(), self.reporter(), |desk| {
                 // Again, now that real Nix has to tell us what it adds.
                 self.refuse_unless_adopted()?;
-                let mut broom = Broom { store: self, desk, bin, swept: 0, stuck: 0, number: 0 };
+                let counts = &counts;
+                let mut broom =
+                    Broom { store: self, desk, bin, counts, swept: 0, stuck: 0, freed_in_place: 0, number: 0 };
                 let outcome = work(&mut broom);
-                swept = (broom.swept, broom.stuck);
+                swept = (broom.swept, broom.stuck, broom.freed_in_place);
                 outcome
             });
             drop(lock);
@@ -96,7 +102,7 @@ impl LocalStore {
         });
         let emptied = emptied.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         freed.paths += swept.0;
-        freed.bytes += emptied.bytes;
+        freed.bytes += emptied.bytes + swept.2;
         if matches!(outcome, Ok(()) | Err(StoreError::File(_))) {
             self.clean_links()?;
         }
@@ -184,7 +190,14 @@ impl Broom<'_> {
         entries: &[OsString],
     ) -> Result<Vec<OsString>, StoreError> {
         if !valid.is_empty() {
-            self.store.ledger()?.write(|txn| Ok::<_, StoreError>(txn.invalidate(valid)?))?;
+            match self.forget(valid) {
+                // Perhaps for want of room: what has been moved aside so far makes some.
+                Err(StoreError::Db(DbError::Storage { .. })) => {
+                    self.discard_now(Vec::new());
+                    self.forget(valid)?;
+                }
+                outcome => outcome?,
+            }
         }
         let mut trash = Vec::with_capacity(entries.len());
         for entry in entries {
@@ -202,6 +215,10 @@ impl Broom<'_> {
             }
         }
         Ok(trash)
+    }
+
+    fn forget(&self, paths: &BTreeSet<StorePath>) -> Result<(), StoreError> {
+        self.store.ledger()?.write(|txn| Ok::<_, StoreError>(txn.invalidate(paths)?)).map(drop)
     }
 
     /// Has things taken apart, some time before the run ends.
@@ -232,6 +249,12 @@ impl Broom<'_> {
                 // It never had files, or somebody was faster.
                 Err(Errno::NOENT) => return Ok(None),
                 Err(Errno::EXIST) => {}
+                // Not even for a name: then it goes where it is, while those who want it wait.
+                Err(Errno::NOSPC | Errno::DQUOT) => {
+                    let removed = remove_counted(target, OnFailure::Stop, self.counts).map_err(FileError::from)?;
+                    self.freed_in_place += removed.bytes_freed;
+                    return Ok(None);
+                }
                 // An immutable flag, which old versions of Nix have set.
                 Err(Errno::PERM) if !thawed && thaw(target).is_ok() => thawed = true,
                 // A file system that does not know the flag of the call. The name is ours.

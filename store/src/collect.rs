@@ -7,8 +7,10 @@
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::hash::{BuildHasher as _, RandomState};
+use std::os::unix::ffi::OsStrExt as _;
 
 use larder_core::report::Level;
+use larder_core::store_path::StorePath;
 use larder_gc::live;
 use larder_gc::roots::StaleLinks;
 use larder_store_db::graph::NodeSet;
@@ -111,7 +113,7 @@ impl LocalStore {
         // How large they are is known only when they are gone.
         for some in names.chunks(if budget.limit.is_some() { 1 } else { BATCH }) {
             self.check_interrupt()?;
-            let free: Vec<OsString> = {
+            let mut free: Vec<OsString> = {
                 let mut claims = broom.desk.claims();
                 let mut begin = |name: &OsStr| match entry_kind(&survey.graph, name) {
                     Entry::Invalid(hash_part) => claims.begin([hash_part]),
@@ -119,11 +121,22 @@ impl LocalStore {
                 };
                 some.iter().filter(|name| begin(name)).cloned().collect()
             };
+            self.keep_valid(&mut free)?;
             let trash = broom.sweep(&BTreeSet::new(), &free)?;
             budget.discard(broom, trash);
             if budget.is_spent() {
                 break;
             }
+        }
+        Ok(())
+    }
+
+    /// Takes out what has become valid since the survey: registered by somebody who has asked nobody.
+    fn keep_valid(&self, names: &mut Vec<OsString>) -> Result<(), StoreError> {
+        let path = |name: &OsString| StorePath::from_base_name(name.as_bytes()).ok();
+        let valid = self.valid_subset(&names.iter().filter_map(path).collect())?;
+        if !valid.is_empty() {
+            names.retain(|name| path(name).is_none_or(|path| !valid.contains(&path)));
         }
         Ok(())
     }
@@ -171,47 +184,46 @@ impl LocalStore {
             if batch.is_empty() {
                 break;
             }
-            let trash = self.sweep_units(broom, survey, &mut dead, &batch)?;
+            let trash = sweep_units(broom, survey, &mut dead, &batch)?;
             budget.discard(broom, trash);
         }
         Ok(())
     }
+}
 
-    /// Sweeps some units that are pending; gives what was moved aside.
-    fn sweep_units(
-        &self,
-        broom: &mut Broom<'_>,
-        survey: &Survey,
-        dead: &mut NodeSet,
-        batch: &[&[Node]],
-    ) -> Result<Vec<OsString>, StoreError> {
-        let graph = &survey.graph;
-        let entries = |units: &[&[Node]]| -> Vec<OsString> {
-            units.concat().iter().map(|node| OsString::from(graph.base_name(*node))).collect()
-        };
-        let paths = |units: &[&[Node]]| units.concat().iter().map(|node| graph.path(*node)).collect();
-        match broom.sweep(&paths(batch), &entries(batch)) {
-            // Somebody has registered a referrer without asking for a root first (`--load-db`).
-            Err(StoreError::Db(DbError::InUse { .. })) => {}
-            other => return other,
-        }
-        let mut trash = Vec::new();
-        for unit in batch {
-            let pending = {
-                let keys = unit.iter().map(|node| graph.hash_part(*node));
-                unit.iter().all(|node| dead.contains(*node)) && broom.desk.claims().begin(keys)
-            };
-            if !pending {
-                continue;
-            }
-            match broom.sweep(&paths(std::slice::from_ref(unit)), &entries(std::slice::from_ref(unit))) {
-                Ok(swept) => trash.extend(swept),
-                Err(StoreError::Db(DbError::InUse { .. })) => unit.iter().for_each(|node| keep(survey, dead, *node)),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(trash)
+/// Sweeps some units that are pending; gives what was moved aside.
+fn sweep_units(
+    broom: &mut Broom<'_>,
+    survey: &Survey,
+    dead: &mut NodeSet,
+    batch: &[&[Node]],
+) -> Result<Vec<OsString>, StoreError> {
+    let graph = &survey.graph;
+    let entries = |units: &[&[Node]]| -> Vec<OsString> {
+        units.concat().iter().map(|node| OsString::from(graph.base_name(*node))).collect()
+    };
+    let paths = |units: &[&[Node]]| units.concat().iter().map(|node| graph.path(*node)).collect();
+    match broom.sweep(&paths(batch), &entries(batch)) {
+        // Somebody has registered a referrer without asking for a root first (`--load-db`).
+        Err(StoreError::Db(DbError::InUse { .. })) => {}
+        other => return other,
     }
+    let mut trash = Vec::new();
+    for unit in batch {
+        let pending = {
+            let keys = unit.iter().map(|node| graph.hash_part(*node));
+            unit.iter().all(|node| dead.contains(*node)) && broom.desk.claims().begin(keys)
+        };
+        if !pending {
+            continue;
+        }
+        match broom.sweep(&paths(std::slice::from_ref(unit)), &entries(std::slice::from_ref(unit))) {
+            Ok(swept) => trash.extend(swept),
+            Err(StoreError::Db(DbError::InUse { .. })) => unit.iter().for_each(|node| keep(survey, dead, *node)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(trash)
 }
 
 /// The most that deleting a path may free; what nobody has recorded may be anything.

@@ -59,6 +59,8 @@ pub enum StoreError {
     Roots(#[source] Box<larder_gc::roots::RootsError<Box<StoreError>>>),
     #[error("roots may be hidden from us, so nothing may be deleted")]
     HiddenRoots(#[source] FileError),
+    #[error("cannot read the database '{}'; should it be broken, 'larder db rebuild' makes a new one", path.display())]
+    Ledger { path: PathBuf, source: DbError },
     /// Some files could not be linked; each was told of, and the others are linked.
     #[error("{count} files could not be linked")]
     NotLinked { count: u64, saved: larder_fs::optimise::Saved },
@@ -126,6 +128,21 @@ impl StoreError {
                 let by: Vec<String> = by.iter().map(|path| format!("'{}'", full(path))).collect();
                 Self::InUse { path: full(&path), by: by.join(", ") }
             }
+            other => other,
+        }
+    }
+}
+
+impl StoreError {
+    /// Says of an error that may come of a broken file which file that is, and what helps.
+    pub(crate) fn in_ledger(self, path: &std::path::Path) -> Self {
+        match self {
+            Self::Db(
+                source @ (DbError::Storage { .. }
+                | DbError::Corrupt { .. }
+                | DbError::Inconsistent { .. }
+                | DbError::Record { .. }),
+            ) => Self::Ledger { path: path.to_owned(), source },
             other => other,
         }
     }

@@ -174,6 +174,7 @@ impl LocalStore {
     /// Begins to take an archive. `candidates` are the hash parts to look for in it.
     pub(crate) fn receive(&self, candidates: Option<BTreeSet<HashPart>>) -> Result<Intake<'_>, StoreError> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
+        self.make_room();
         // Unique among processes and times; the restorer refuses an entry that exists.
         let seed = format!(
             "{} {} {:?}",

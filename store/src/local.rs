@@ -90,6 +90,7 @@ pub struct LocalStore {
     /// `None` only in a store that is opened for reading and has no ledger yet: it is empty.
     db: Option<StoreDb>,
     temp_roots: OnceLock<TempRoots>,
+    pub(crate) room: Mutex<crate::room::Room>,
     /// Hashes of derivations seen so far.
     pub(crate) derivations: Mutex<Memo>,
     /// What real Nix has registered, once something asked.
@@ -149,6 +150,7 @@ impl LocalStore {
             dirs,
             db,
             temp_roots: OnceLock::new(),
+            room: Mutex::default(),
             derivations: Mutex::default(),
             theirs: Mutex::default(),
         })
@@ -216,7 +218,7 @@ impl LocalStore {
         f: impl FnOnce(&ReadTxn) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         match &self.db {
-            Some(db) => db.read(f).map_err(|error| error.in_dir(self.dir())),
+            Some(db) => db.read(f).map_err(|error: StoreError| error.in_dir(self.dir()).in_ledger(db.path())),
             None => Ok(empty()),
         }
     }

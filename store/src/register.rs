@@ -132,10 +132,12 @@ impl LocalStore {
             new.outputs = &outputs;
             Ok(batch.push(&new)?)
         })?;
+        // So many temporary roots as there may be paths are too many; a moment without collector is not.
+        let _lock = self.keep_collectors_out()?;
         self.register(batch)
     }
 
-    fn register(&self, batch: Batch) -> Result<(), StoreError> {
+    pub(crate) fn register(&self, batch: Batch) -> Result<(), StoreError> {
         self.ledger()?.register(batch).map_err(|error| StoreError::from(error).in_dir(self.dir()))
     }
 
@@ -253,6 +255,7 @@ impl LocalStore {
             new += 1;
         }
         if !dry_run {
+            let _lock = self.keep_collectors_out()?;
             self.register(batch)?;
         }
         Ok(Adopted { registered, new, missing: gone.len() as u64 })

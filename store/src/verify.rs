@@ -9,7 +9,7 @@ use larder_core::path_info::PathInfo;
 use larder_core::report::{Level, Progress, Unit};
 use larder_core::store_path::StorePath;
 use larder_fs::dump::{self, DumpOptions};
-use larder_fs::gc_lock::GcLock;
+use larder_fs::gc_lock::{GcLock, WAITING};
 use larder_fs::lock_file::{Sharing, Wait};
 use larder_store_db::check::Finding;
 use larder_store_db::graph::NodeSet;
@@ -32,7 +32,15 @@ pub struct VerifyOptions {
     pub check_contents: bool,
     /// Mend what can be mended.
     pub repair: bool,
+    /// Go on where a run with `check_contents` was stopped.
+    pub resume: bool,
 }
+
+/// Marker: the last path whose contents a run has checked that has not come to its end.
+const CURSOR: &str = "verify-cursor";
+
+/// Chunks between two notes of how far we are: a commit costs as much as reading some objects.
+const CHUNKS_PER_NOTE: usize = 16;
 
 /// What a verification found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,12 +69,8 @@ impl LocalStore {
     pub fn verify(&self, options: VerifyOptions) -> Result<Verified, StoreError> {
         let say = |text: std::fmt::Arguments<'_>| self.reporter().message(Level::Info, text);
         say(format_args!("reading the Nix store..."));
-        let mut wait = |_: &std::path::Path| say(format_args!("waiting for the big garbage collector lock..."));
         // Only who may write can keep collectors out; others look at what they can see.
-        let _lock = match self.ledger() {
-            Ok(_) => GcLock::acquire(self.layout(), Sharing::Shared, Wait::Yes(&mut wait))?,
-            Err(_) => None,
-        };
+        let _lock = if self.ledger().is_ok() { self.keep_collectors_out()? } else { None };
         let mut verified = Verified::default();
         let present = self.entries()?;
         say(format_args!("checking path existence..."));
@@ -79,6 +83,12 @@ impl LocalStore {
             self.check_contents(&gone, options, &mut verified)?;
         }
         Ok(verified)
+    }
+
+    /// While what this gives lives, nothing is deleted; a collection under way is waited for.
+    pub(crate) fn keep_collectors_out(&self) -> Result<Option<GcLock>, StoreError> {
+        let mut wait = |_: &std::path::Path| self.reporter().message(Level::Info, format_args!("{WAITING}"));
+        Ok(GcLock::acquire(self.layout(), Sharing::Shared, Wait::Yes(&mut wait))?)
     }
 
     fn fault(&self, verified: &mut Verified, text: std::fmt::Arguments<'_>) {
@@ -238,14 +248,28 @@ impl LocalStore {
         options: VerifyOptions,
         verified: &mut Verified,
     ) -> Result<(), StoreError> {
+        let cursor =
+            if options.resume { self.read(|txn| Ok(txn.meta(CURSOR)?))?.unwrap_or_default() } else { Vec::new() };
         let paths = self.read(|txn| Ok(txn.all_paths()?))?;
-        let paths: Vec<StorePath> = paths.into_iter().filter(|path| !gone.contains(path)).collect();
+        let paths: Vec<StorePath> = paths
+            .into_iter()
+            .filter(|path| !gone.contains(path) && path.to_string().as_bytes() > cursor.as_slice())
+            .collect();
         self.reporter().progress(Progress::Begin {
             what: "checking store hashes",
             total: Some(paths.len() as u64),
             unit: Unit::Paths,
         });
-        for chunk in paths.chunks(CHUNK) {
+        let mut noted = !cursor.is_empty();
+        for (n, chunk) in paths.chunks(CHUNK).enumerate() {
+            let stopped = self.check_interrupt();
+            if let Some(before) = n.checked_sub(1).and_then(|last| paths.chunks(CHUNK).nth(last)?.last())
+                && (stopped.is_err() || n % CHUNKS_PER_NOTE == 0)
+            {
+                self.note_cursor(before.to_string().as_bytes())?;
+                noted = true;
+            }
+            stopped?;
             let infos: Vec<PathInfo> = self.read(|txn| Ok(txn.infos(chunk)?))?.into_iter().flatten().collect();
             // The largest first, so that no core waits long for the other at the end.
             let mut turn: Vec<usize> = (0..infos.len()).collect();
@@ -266,7 +290,18 @@ impl LocalStore {
             }
         }
         self.reporter().progress(Progress::End);
+        if noted {
+            self.note_cursor(b"")?;
+        }
         Ok(())
+    }
+
+    /// Remembers how far a run has come. Who may not write cannot resume.
+    fn note_cursor(&self, cursor: &[u8]) -> Result<(), StoreError> {
+        match self.ledger() {
+            Ok(ledger) => ledger.write(|txn| Ok(txn.set_meta(CURSOR, cursor)?)),
+            Err(_) => Ok(()),
+        }
     }
 
     /// Reads one object and compares its hash.

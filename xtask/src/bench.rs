@@ -7,6 +7,8 @@
     reason = "figures for people"
 )]
 
+mod garbage;
+
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -111,7 +113,8 @@ impl Bench {
         ));
         self.start_up()?;
         self.trees()?;
-        self.ledger()
+        self.ledger()?;
+        self.garbage()
     }
 
     /// Measures one workload on both sides in turn and prints a row.

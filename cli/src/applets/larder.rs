@@ -2,6 +2,7 @@
 
 mod asking;
 mod changing;
+mod check;
 mod garbage;
 mod links;
 
@@ -75,6 +76,8 @@ pub enum Command {
     Restore(Restore),
     /// Check the database, and the contents of paths
     Verify(Verify),
+    /// Look after the database
+    Db(check::Db),
     /// Tell what takes the space: the size of closures, and what only they need
     Du(Du),
     /// Delete what nothing needs, after telling what that is
@@ -193,13 +196,20 @@ pub struct Restore {
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag that was given or not")]
 pub struct Verify {
     /// Paths to check; all if there are none
     #[arg(value_name = "PATH")]
     pub paths: Vec<PathBuf>,
+    /// Check the database, and that all paths are there (the default)
+    #[arg(long, conflicts_with_all = ["contents", "resume", "paths"])]
+    pub quick: bool,
     /// Also read and hash the contents
-    #[arg(short, long)]
+    #[arg(short, long, visible_alias = "full")]
     pub contents: bool,
+    /// Go on where a check of the contents was stopped
+    #[arg(long, conflicts_with = "paths")]
+    pub resume: bool,
     /// Mend what is found
     #[arg(long)]
     pub repair: bool,
@@ -338,6 +348,7 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Du(args) => asking::disk_usage(cx, &settings, &args)?,
         Command::Verify(args) => return changing::verify(cx, &settings, &args),
         Command::Adopt(args) => changing::adopt(cx, &settings, &args)?,
+        Command::Db(args) => check::db(cx, &settings, &args)?,
         Command::Gc(args) => return garbage::collect(cx, &settings, &args),
         Command::Why(args) => return garbage::why(cx, &settings, &args),
         Command::Roots(args) => return garbage::roots(cx, &settings, &args),

@@ -106,7 +106,7 @@ fn now_s() -> i64 {
 }
 
 fn profile_dirs(cx: &Context, settings: &Settings) -> Result<Vec<PathBuf>, Failure> {
-    let layout = match choose(&settings.store, &cx.env, Facts::gather(&cx.env)?)? {
+    let layout = match choose(&settings.store, &cx.env, Facts::gather(&cx.env, true)?)? {
         StoreChoice::Local(store) => store.layout,
         StoreChoice::Daemon { .. } | StoreChoice::Remote { .. } => LocalStore::from_env(&cx.env)?.layout,
     };

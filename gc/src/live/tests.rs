@@ -190,7 +190,7 @@ fn the_captured_table() {
 }
 
 #[test]
-fn s085_cycles_are_one_unit() {
+fn s084_s085_cycles_are_one_unit_referrers_first() {
     let sketch = multi();
     let graph = sketch.graph();
     let rules = Rules { keep_outputs: true, keep_derivations: true };

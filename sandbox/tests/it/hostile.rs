@@ -24,7 +24,6 @@ fn there_is_no_way_out() {
         // Root itself, but only within a user namespace.
         let mut plan = house.probe_plan(&probe, &["escape"]);
         plan.ids = None;
-        std::os::unix::fs::chown(&house.build, Some(0), Some(0)).unwrap();
         root_of(&mut plan).binds.retain(|b| b.target != std::path::Path::new("/build"));
         root_of(&mut plan).binds.push(Bind::writable(house.top.path(), "/build"));
         plans.push(plan);
@@ -105,12 +104,20 @@ fn processes_outside_are_not_signalled() {
 #[test]
 fn nothing_is_left_of_a_build_without_a_sandbox() {
     let house = House::new();
-    let script = "setsid sleep 1000 >/dev/null 2>&1 & (setsid sh -c 'sleep 1001 & sleep 1002' >/dev/null 2>&1 &) ; \
-        sleep 0.3; echo ready; read x </dev/null; sleep 0.2";
+    let script = "setsid sleep 1001 >/dev/null 2>&1 & \
+        (setsid sh -c 'sleep 1002 & sleep 1003' >/dev/null 2>&1 &); until test -e go; do sleep 0.1; done";
     let mut child = start(&house.plain(script));
-    log_until(&mut child, "ready");
-    let left: Vec<u32> = descendants(child.id());
-    assert!(left.len() >= 4, "{left:?}");
+    let is_sleeper = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with("sleep\x00100"))
+    };
+    let mut left = Vec::new();
+    while left.len() < 3 {
+        assert!(is_alive(child.id()));
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        left = descendants(child.id()).into_iter().filter(is_sleeper).collect();
+    }
+    std::fs::write(house.build.join("go"), "").unwrap();
+    assert!(std::io::read_to_string(child.log()).unwrap().is_empty());
     let ended = child.finish(std::time::Duration::from_mins(1)).unwrap();
     assert_eq!(ended, Ended::Exited(0));
     assert!(!left.iter().any(|pid| is_alive(*pid)), "{left:?}");
@@ -134,6 +141,19 @@ fn fork_bombs_are_bounded_by_the_limit() {
     assert!(words[1].parse::<u32>().unwrap() < 50, "{log}");
 }
 
+/// A control group that goes with the value.
+struct Group(String);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // What was killed a moment ago may still be listed.
+        let start = std::time::Instant::now();
+        while std::fs::remove_dir(&self.0).is_err() && start.elapsed() < std::time::Duration::from_secs(10) {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+}
+
 /// So does a control group.
 #[test]
 fn fork_bombs_are_bounded_by_a_control_group() {
@@ -145,7 +165,7 @@ fn fork_bombs_are_bounded_by_a_control_group() {
         let group = format!("{dir}/larder-test-{}", std::process::id());
         std::fs::create_dir(&group).ok()?;
         if std::fs::write(format!("{group}/pids.max"), "30").is_ok() {
-            return Some(group);
+            return Some(Group(group));
         }
         std::fs::remove_dir(&group).unwrap();
         None
@@ -157,12 +177,11 @@ fn fork_bombs_are_bounded_by_a_control_group() {
     let house = House::new();
     let Some(probe) = house.probe() else { return };
     let mut plan = house.probe_plan(&probe, &["bomb"]);
-    plan.cgroups = vec![group.clone().into()];
+    plan.cgroups = vec![group.0.clone().into()];
     let log = log_of(&plan);
     let words: Vec<&str> = log.split_whitespace().collect();
     assert_eq!((words[0], words[2]), ("started", "EAGAIN"), "{log}");
     assert!(words[1].parse::<u32>().unwrap() < 30, "{log}");
-    std::fs::remove_dir(group).unwrap();
 }
 
 /// All processes of a user, also such as would rather not; and nobody else's.

@@ -99,13 +99,15 @@ fn absolute_path(path: &Path) -> Result<PathBuf, Failure> {
 pub(super) fn verify(cx: &Context, settings: &Settings, args: &Verify) -> Result<Status, Failure> {
     if args.paths.is_empty() {
         let store = open(cx, settings, Access::ReadWrite)?;
-        let verified = store.verify(VerifyOptions { check_contents: args.contents, repair: args.repair })?;
+        let check_contents = args.contents || args.resume;
+        let options = VerifyOptions { check_contents, repair: args.repair, resume: args.resume };
+        let verified = store.verify(options)?;
         if args.json.json {
             let gone: Vec<String> = verified.disappeared.iter().map(|path| store.dir().full(path)).collect();
             print_json(&json!({ "errors": verified.errors, "disappeared": gone }))?;
         } else if verified.errors == 0 {
             let count = store.read(|txn| Ok(txn.count()?))?;
-            let what = if args.contents { "and their contents are" } else { "are" };
+            let what = if check_contents { "and their contents are" } else { "are" };
             cx.terminal.message(Level::Notice, format_args!("{count} paths {what} as recorded"));
         } else {
             cx.terminal.message(Level::Notice, format_args!("{} faults remain", verified.errors));

@@ -91,6 +91,12 @@ fn text(bytes: &OsStr) -> String {
     String::from_utf8_lossy(bytes.as_bytes()).into_owned()
 }
 
+fn set(object: &mut Value, key: &str, value: Value) {
+    if let Value::Object(fields) = object {
+        fields.insert(key.to_owned(), value);
+    }
+}
+
 fn full(store: &LocalStore, name: &OsStr) -> String {
     format!("{}/{}", store.dir().as_str(), text(name))
 }
@@ -125,7 +131,7 @@ pub(super) fn collect(cx: &Context, settings: &Settings, args: &Gc) -> Result<St
     if args.json.json {
         let mut value = plan_json(&store, &plan);
         if !only_tell {
-            value["deleted"] = json!({"paths": freed.paths, "bytes": freed.bytes});
+            set(&mut value, "deleted", json!({"paths": freed.paths, "bytes": freed.bytes}));
         }
         out.line(value)?;
     } else if wanted && freed != Freed::default() {
@@ -263,7 +269,7 @@ fn root_json(store: &LocalStore, root: &Root) -> Value {
         "link": text(root.link.as_os_str()), "path": store.dir().full(&root.path), "kind": kind(root.kind),
     });
     if let Some(pid) = pid(root) {
-        value["pid"] = json!(pid);
+        set(&mut value, "pid", json!(pid));
     }
     value
 }
@@ -279,7 +285,7 @@ fn reason_json(store: &LocalStore, survey: &Survey, reason: &Reason) -> Value {
         json!({"by": by, "path": name(*node)})
     });
     let mut value = root_json(store, &reason.root);
-    value["chain"] = steps.collect();
+    set(&mut value, "chain", steps.collect());
     value
 }
 

@@ -71,15 +71,24 @@ impl Reporter for Voice {
     }
 }
 
+/// The local store that the settings and the environment choose.
+pub(in crate::applets) fn local(
+    cx: &Context,
+    settings: &Settings,
+    access: Access,
+) -> Result<conf::LocalStore, Failure> {
+    match choose(&settings.store, &cx.env, Facts::gather(&cx.env, access == Access::ReadWrite)?)? {
+        StoreChoice::Local(local) => Ok(local),
+        StoreChoice::Daemon { socket } => {
+            Err(StoreOpError::NotLocal { uri: format!("unix://{}", socket.display()) }.into())
+        }
+        StoreChoice::Remote { uri } => Err(StoreOpError::NotLocal { uri }.into()),
+    }
+}
+
 /// Opens the store that the settings and the environment choose.
 pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access) -> Result<LocalStore, Failure> {
-    let local = match choose(&settings.store, &cx.env, Facts::gather(&cx.env)?)? {
-        StoreChoice::Local(local) => local,
-        StoreChoice::Daemon { socket } => {
-            return Err(StoreOpError::NotLocal { uri: format!("unix://{}", socket.display()) }.into());
-        }
-        StoreChoice::Remote { uri } => return Err(StoreOpError::NotLocal { uri }.into()),
-    };
+    let local = local(cx, settings, access)?;
     let access = if local.read_only { Access::ReadOnly } else { access };
     if access == Access::ReadWrite {
         if local.is_private && !local.layout.state.exists() {
@@ -204,7 +213,7 @@ pub(super) fn import(cx: &Context, settings: &Settings) -> Result<(), Failure> {
 
 pub(super) fn verify(cx: &Context, settings: &Settings, check_contents: bool, repair: bool) -> Result<Status, Failure> {
     let store = open(cx, settings, Access::ReadWrite)?;
-    let verified = store.verify(VerifyOptions { check_contents, repair })?;
+    let verified = store.verify(VerifyOptions { check_contents, repair, resume: false })?;
     if verified.errors > 0 {
         cx.terminal.message(Level::Warn, format_args!("not all store errors were fixed"));
         return Ok(Status::FAILURE);
