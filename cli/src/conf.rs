@@ -188,9 +188,13 @@ fn read_conf(path: &Path) -> io::Result<Option<Vec<u8>>> {
 }
 
 /// What the defaults of settings depend on, as it is here.
-pub fn machine(env: &Env) -> Result<Machine, ConfError> {
+///
+/// What only builds depend on (cores, and whether there is KVM) is not looked for if `builds` is
+/// false, as that would be a third of the system calls of a short command.
+pub fn machine(env: &Env, builds: bool) -> Result<Machine, ConfError> {
+    let cores = || std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
     Ok(Machine {
-        cores: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
+        cores: if builds { cores() } else { 1 },
         root: env.is_root,
         system: system(),
         extra_platforms: extra_systems().into_iter().collect(),
@@ -199,7 +203,7 @@ pub fn machine(env: &Env) -> Result<Machine, ConfError> {
             "macos" => Os::MacOs,
             _ => Os::Other,
         },
-        kvm: may(Path::new("/dev/kvm"), Access::READ_OK | Access::WRITE_OK),
+        kvm: builds && may(Path::new("/dev/kvm"), Access::READ_OK | Access::WRITE_OK),
         conf_dir: env.conf_dir()?,
         build_hook: String::new(),
     })
@@ -554,7 +558,7 @@ mod tests {
     }
 
     fn test_machine() -> Machine {
-        Machine { cores: 2, kvm: false, conf_dir: "/c".into(), ..machine(&Env::default()).unwrap() }
+        Machine { cores: 2, kvm: false, conf_dir: "/c".into(), ..machine(&Env::default(), false).unwrap() }
     }
 
     fn flag(name: &str, value: &str, from: OverrideFrom) -> Override {

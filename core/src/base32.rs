@@ -61,23 +61,17 @@ pub(crate) const fn digit(bits: u64) -> u8 {
 /// assert_eq!(larder_core::base32::encode(&[0x1f, 0x00]), "000z");
 /// ```
 pub fn encode(bytes: &[u8]) -> String {
-    // The digits of the number, lowest first; each byte adds eight bits at the top.
-    let mut digits = Vec::with_capacity(encoded_len(bytes.len()));
-    let (mut bits, mut count) = (0u64, 0);
-    for &byte in bytes {
-        bits |= u64::from(byte) << count;
-        count += 8;
-        while count >= 5 {
-            digits.push(digit(bits));
+    let mut text = vec![0; encoded_len(bytes.len())];
+    // Lowest digit last. Five bytes are eight digits, and share none with the next five.
+    let mut places = text.iter_mut().rev();
+    for five in bytes.chunks(5) {
+        let mut bits = five.iter().rev().fold(0u64, |bits, byte| bits << 8 | u64::from(*byte));
+        for place in places.by_ref().take(encoded_len(five.len())) {
+            *place = digit(bits);
             bits >>= 5;
-            count -= 5;
         }
     }
-    if count > 0 {
-        digits.push(digit(bits));
-    }
-    digits.reverse();
-    String::from_utf8(digits).expect("the alphabet is ASCII")
+    String::from_utf8(text).expect("the alphabet is ASCII")
 }
 
 /// Decodes exactly `N` bytes.

@@ -354,6 +354,33 @@ pub fn write_record<'a>(
     references: impl ExactSizeIterator<Item = PathRef<'a>>,
 ) {
     write_path(out, dir, path);
+    write_facts(out, dir, hash_size, deriver, references.len());
+    references.for_each(|reference| write_path(out, dir, reference));
+}
+
+/// [`write_record`] where the base names are at hand as text, which spares making it of the hash
+/// parts: most of what a whole ledger costs to write.
+pub fn write_named_record<'a>(
+    out: &mut Vec<u8>,
+    dir: &StoreDir,
+    base_name: &str,
+    hash_size: Option<(&Sha256Digest, u64)>,
+    deriver: Option<PathRef<'_>>,
+    references: impl ExactSizeIterator<Item = &'a str>,
+) {
+    write_base_name(out, dir, base_name);
+    write_facts(out, dir, hash_size, deriver, references.len());
+    references.for_each(|reference| write_base_name(out, dir, reference));
+}
+
+/// What stands between a path and its references.
+fn write_facts(
+    out: &mut Vec<u8>,
+    dir: &StoreDir,
+    hash_size: Option<(&Sha256Digest, u64)>,
+    deriver: Option<PathRef<'_>>,
+    references: usize,
+) {
     if let Some((hash, size_bytes)) = hash_size {
         let mut hex = [0; 65];
         for (two, byte) in hex.chunks_exact_mut(2).zip(hash.as_bytes()) {
@@ -367,8 +394,7 @@ pub fn write_record<'a>(
         Some(deriver) => write_path(out, dir, deriver),
         None => out.push(b'\n'),
     }
-    write_number(out, references.len() as u64);
-    references.for_each(|reference| write_path(out, dir, reference));
+    write_number(out, references as u64);
 }
 
 /// Appends the record of a valid path, with its hash.
@@ -386,6 +412,14 @@ pub fn write_path(out: &mut Vec<u8>, dir: &StoreDir, path: PathRef<'_>) {
     out.extend_from_slice(&path.hash_part().to_text());
     out.push(b'-');
     out.extend_from_slice(path.name().as_bytes());
+    out.push(b'\n');
+}
+
+fn write_base_name(out: &mut Vec<u8>, dir: &StoreDir, base_name: &str) {
+    out.reserve(dir.as_str().len() + base_name.len() + 2);
+    out.extend_from_slice(dir.as_str().as_bytes());
+    out.push(b'/');
+    out.extend_from_slice(base_name.as_bytes());
     out.push(b'\n');
 }
 

@@ -70,7 +70,7 @@ pub enum RestoreError {
     Symlink { path: PathBuf, target: Vec<u8>, source: io::Error },
     #[error("cannot restore an entry of directory '{}'", Shown(path.as_os_str().as_bytes()))]
     CaseHack { path: PathBuf, source: CaseHackError },
-    #[error("reading the archive")]
+    #[error("reading from file")]
     Input { source: io::Error },
     #[error("directory '{}' was moved while it was restored", Shown(path.as_os_str().as_bytes()))]
     Moved { path: PathBuf },
@@ -154,13 +154,24 @@ pub fn restore(
     name: &OsStr,
     options: RestoreOptions<'_>,
 ) -> Result<Restored, RestoreError> {
-    enum Stop {
+    restore_while(input, at, name, options, || Ok(()))
+}
+
+/// [`restore`], as long as `check`, which is asked at every block, gives no error.
+pub fn restore_while<E: From<RestoreError>>(
+    input: impl AsFd,
+    at: impl AsFd,
+    name: &OsStr,
+    options: RestoreOptions<'_>,
+    mut check: impl FnMut() -> Result<(), E>,
+) -> Result<Restored, E> {
+    enum Stop<E> {
         Done,
-        Failed(RestoreError),
+        Failed(E),
     }
-    impl From<RestoreError> for Stop {
+    impl<E: From<RestoreError>> From<RestoreError> for Stop<E> {
         fn from(error: RestoreError) -> Self {
-            Self::Failed(error)
+            Self::Failed(error.into())
         }
     }
     let input = input.as_fd();
@@ -174,6 +185,7 @@ pub fn restore(
         }
     };
     let mut sink = |block: &[u8]| {
+        check().map_err(Stop::Failed)?;
         restorer.push(block)?;
         if restorer.is_done() { Err(Stop::Done) } else { Ok(()) }
     };
@@ -195,7 +207,7 @@ pub fn restore(
         }
     };
     match pumped {
-        Ok(()) | Err(Stop::Done) => restorer.finish(),
+        Ok(()) | Err(Stop::Done) => Ok(restorer.finish()?),
         Err(Stop::Failed(error)) => Err(error),
     }
 }

@@ -13,6 +13,7 @@ pub mod error;
 pub mod graph;
 pub mod open;
 pub mod query;
+mod read_ahead;
 pub mod record;
 mod regions;
 mod tables;

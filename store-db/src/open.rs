@@ -23,6 +23,7 @@ use redb::{ConcurrencyMode, Database, DatabaseError, ReadOnlyDatabase, ReadableD
 
 use crate::error::DbError;
 use crate::query::ReadTxn;
+use crate::read_ahead::ReadAhead;
 use crate::regions::SmallRegions;
 use crate::tables;
 use crate::txn::WriteTxn;
@@ -276,7 +277,7 @@ impl StoreDb {
             return f(&db);
         }
         for attempt in 0.. {
-            match self.builder().open_read_only(&self.path) {
+            match self.open_reader() {
                 Ok(db) => {
                     let db = Arc::new(db);
                     *lock(&self.reader) = Some(db.clone());
@@ -291,6 +292,11 @@ impl StoreDb {
             }
         }
         unreachable!("the attempts are without end")
+    }
+
+    fn open_reader(&self) -> Result<ReadOnlyDatabase, DatabaseError> {
+        let file = FileBackend::new(FileOptions::new().read(true).open(&self.path)?)?;
+        self.builder().open_read_only_with_backend(ReadAhead::new(file))
     }
 
     /// May this user, by mode and by permission, write to the file?

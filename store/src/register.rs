@@ -79,13 +79,13 @@ impl LocalStore {
                     Ok::<(), StoreError>(())
                 })?;
                 for (node, (nar_hash, nar_size_bytes, deriver)) in graph.nodes().zip(&rest) {
-                    registration::write_record(
+                    registration::write_named_record(
                         &mut text,
                         self.dir(),
-                        graph.path_ref(node),
+                        graph.base_name(node),
                         Some((nar_hash, *nar_size_bytes)),
                         deriver.as_ref().map(Into::into),
-                        graph.references(node).map(|reference| graph.path_ref(reference)),
+                        graph.references(node).map(|reference| graph.base_name(reference)),
                     );
                     if text.len() > FULL {
                         out.write_all(&text).map_err(StoreError::Output)?;

@@ -55,7 +55,12 @@ pub struct Context {
 impl Context {
     /// Settings from files, the environment and flags; warns of what is odd about them.
     fn settings(&self, overrides: &[Override]) -> Result<Settings, Failure> {
-        let Configured { settings, warnings, .. } = load(&self.env, overrides, machine(&self.env)?)?;
+        self.settings_for(overrides, true)
+    }
+
+    /// The same for a command that never `builds`: `cores` and `system-features` need not be right.
+    fn settings_for(&self, overrides: &[Override], builds: bool) -> Result<Settings, Failure> {
+        let Configured { settings, warnings, .. } = load(&self.env, overrides, machine(&self.env, builds)?)?;
         for warning in warnings {
             self.terminal.message(Level::Warn, format_args!("{}", chain(&warning)));
         }

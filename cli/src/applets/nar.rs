@@ -2,14 +2,13 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use larder_core::settings::Settings;
 use larder_fs::dump::{DumpOptions, StreamError, dump};
-use larder_fs::pipe::BLOCK_BYTES;
-use larder_fs::restore::{RestoreOptions, Restorer};
+use larder_fs::restore::{RestoreOptions, restore_while};
 use rustix::fs::CWD;
 
 use crate::exit::Failure;
@@ -28,8 +27,6 @@ pub(super) enum NarStreamError {
     Write { path: PathBuf, source: io::Error },
     #[error("opening file '{}'", path.display())]
     Open { path: PathBuf, source: io::Error },
-    #[error("reading from file")]
-    Read(#[source] io::Error),
     #[error("interrupted")]
     Interrupted(#[from] Interrupted),
 }
@@ -99,25 +96,12 @@ pub(super) fn restore_from(
     file: Option<&Path>,
     interrupt: &Interrupt,
 ) -> Result<(), Failure> {
-    let mut restorer = Restorer::new(CWD.as_fd(), path, options);
-    let mut input: Box<dyn Read> = match file {
-        None => Box::new(io::stdin().lock()),
-        Some(path) => {
-            let file = File::open(path);
-            Box::new(file.map_err(|source| NarStreamError::Open { path: path.to_owned(), source })?)
-        }
+    let stdin = io::stdin();
+    let file = match file {
+        None => None,
+        Some(path) => Some(File::open(path).map_err(|source| NarStreamError::Open { path: path.to_owned(), source })?),
     };
-    let mut block = vec![0; BLOCK_BYTES];
-    while !restorer.is_done() {
-        interrupt.check()?;
-        let count = match input.read(&mut block) {
-            Ok(0) => break,
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(NarStreamError::Read(error).into()),
-        };
-        restorer.push(block.get(..count).unwrap_or_default())?;
-    }
-    restorer.finish()?;
+    let input = file.as_ref().map_or_else(|| stdin.as_fd(), File::as_fd);
+    restore_while(input, CWD, path, options, || Ok::<(), Failure>(interrupt.check()?))?;
     Ok(())
 }

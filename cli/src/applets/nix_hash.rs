@@ -148,7 +148,7 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         return Ok(Status::SUCCESS);
     }
     // No setting matters here; that they are well-formed is checked as everywhere.
-    cx.settings(&common.overrides)?;
+    cx.settings_for(&common.overrides, false)?;
     if low.version {
         print(&version(cx.name))?;
     } else if let Some(to) = low.to {

@@ -95,7 +95,7 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         print(HELP)?;
         return Ok(Status::SUCCESS);
     }
-    let settings = cx.settings(&common.overrides)?;
+    let settings = cx.settings_for(&common.overrides, low.may_build())?;
     if low.wants_stdin() && !io::stdin().is_terminal() {
         low.arguments.extend(words_of_stdin(io::stdin().lock())?);
     }

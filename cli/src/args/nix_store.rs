@@ -277,6 +277,24 @@ impl LowArgs {
         Ok((common, low))
     }
 
+    /// May this come to a build, here or for a client? (When in doubt, it may.)
+    pub fn may_build(&self) -> bool {
+        let forcing = |flag: &OsString| matches!(flag.to_str(), Some("--force-realise" | "--force-realize" | "-f"));
+        match self.operation {
+            Some(Operation::Query) => self.flags.iter().any(forcing),
+            Some(
+                Operation::Version
+                | Operation::PrintFixedPath
+                | Operation::Dump
+                | Operation::Restore
+                | Operation::DumpDb
+                | Operation::LoadDb
+                | Operation::CheckValidity,
+            ) => false,
+            _ => true,
+        }
+    }
+
     /// Should arguments be read from standard input? Not where that is the data.
     pub fn wants_stdin(&self) -> bool {
         self.stdin && !matches!(self.operation, Some(Operation::Import | Operation::Restore | Operation::Serve))
@@ -731,6 +749,25 @@ mod tests {
         assert!(closure.include_outputs);
         assert_eq!(closure.paths, ["a", "b"]);
         assert_eq!(closure.roots.add_root, Some("r".into()));
+    }
+
+    #[test]
+    fn what_may_build() {
+        for (words, builds) in [
+            ("-q --hash p", false),
+            ("--query --tree p", false),
+            ("-q -f --outputs p", true),
+            ("-q p --force-realize", true),
+            ("--version", false),
+            ("--dump p", false),
+            ("-r p", true),
+            ("--serve", true),
+            ("--verify --repair", true),
+            ("p", true),
+        ] {
+            let (_, low) = LowArgs::scan(words.split(' ').map(OsString::from)).unwrap();
+            assert_eq!(low.may_build(), builds, "{words}");
+        }
     }
 
     #[test]
