@@ -286,9 +286,13 @@ impl Run<'_, '_> {
             let patience = self.poll_at.map_or(LOOK_UP, |at| LOOK_UP.min(at - now));
             match self.finished.recv_timeout(patience) {
                 Ok(first) => {
-                    let all: Vec<Event> = std::iter::once(first).chain(self.finished.try_iter()).collect();
+                    let mut all: Vec<Event> = std::iter::once(first).chain(self.finished.try_iter()).collect();
                     self.running -= all.len();
                     self.idle += all.len();
+                    // A builder may have heard of it before us: then it has not failed, but was stopped.
+                    if !stopped && self.driver.store.reporter().is_cancelled() {
+                        all.insert(0, Event::Interrupt);
+                    }
                     return all;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
