@@ -4,6 +4,7 @@
 //! is compared here has been the same from 2.8 to 2.26, but for the words in `same_words`.
 
 mod adopt;
+mod building;
 mod store;
 
 use std::process::Command;

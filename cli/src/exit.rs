@@ -3,13 +3,24 @@
 //! An operation gives a [`Failure`] up to here, with all its causes; [`Failure::status`] is the
 //! only place that knows which error has which exit code. Source: cli, sections 1.8 and 2.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt;
 use std::io;
 
+use larder_realise::driver::RealiseError;
+use larder_realise::job::FailureKind;
+
 use crate::args::{ScanError, UsageError};
 use crate::conf::LoadError;
 use crate::interrupt::Interrupted;
+
+/// Set with every mask.
+const NOT_BUILT: u8 = 0x60;
+const TIMEOUT: u8 = 1;
+const HASH_MISMATCH: u8 = 2;
+const FAILED: u8 = 4;
+const CHECK_MISMATCH: u8 = 8;
 
 /// An exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +30,22 @@ impl Status {
     pub const SUCCESS: Self = Self(0);
     /// Any error that has no status of its own, and `--verify` that found something.
     pub const FAILURE: Self = Self(1);
+
+    /// The status of a run in which something was not built (cli, section 2): `96 | mask`, or 1 if
+    /// no failure has a bit of its own.
+    pub(crate) fn of_failures(kinds: &BTreeSet<FailureKind>) -> Self {
+        let bits = kinds.iter().map(|kind| match kind {
+            FailureKind::TimedOut => TIMEOUT | FAILED,
+            FailureKind::HashMismatch => HASH_MISMATCH | FAILED,
+            FailureKind::Permanent | FailureKind::Cached => FAILED,
+            FailureKind::NotDeterministic => CHECK_MISMATCH,
+            _ => 0,
+        });
+        match bits.fold(0, |mask, bits| mask | bits) {
+            0 => Self::FAILURE,
+            mask => Self(NOT_BUILT | mask),
+        }
+    }
 
     pub const fn code(self) -> u8 {
         self.0
@@ -55,7 +82,10 @@ impl Failure {
 
     /// The exit status.
     pub fn status(&self) -> Status {
-        Status::FAILURE
+        match self.0.downcast_ref() {
+            Some(RealiseError::Failed { kinds, .. }) => Status::of_failures(kinds),
+            _ => Status::FAILURE,
+        }
     }
 }
 
@@ -130,6 +160,26 @@ mod tests {
         assert_eq!(chain(&Sample::Outer(Box::new(inner()))), "cannot run: cannot open 'x': No such file or directory");
         let repeats = Sample::Repeats { source: Box::new(inner()) };
         assert_eq!(chain(&repeats), "bad thing: cannot open 'x': No such file or directory");
+    }
+
+    #[test]
+    fn the_ways_to_fail_make_the_status() {
+        use FailureKind as F;
+        for (kinds, code) in [
+            (&[][..], 1),
+            (&[F::Misc, F::OutputRejected, F::InputRejected, F::Transient, F::LogLimitExceeded], 1),
+            (&[F::Permanent], 100),
+            (&[F::TimedOut], 101),
+            (&[F::HashMismatch, F::Misc], 102),
+            (&[F::TimedOut, F::HashMismatch], 103),
+            (&[F::NotDeterministic], 104),
+            (&[F::NotDeterministic, F::Permanent], 108),
+        ] {
+            let kinds: BTreeSet<FailureKind> = kinds.iter().copied().collect();
+            let failure = Failure::from(RealiseError::Failed { text: String::new(), kinds: kinds.clone() });
+            assert_eq!(failure.status().code(), code, "{kinds:?}");
+        }
+        assert_eq!(Failure::from(RealiseError::Interrupted).status(), Status::FAILURE);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 pub mod applets;
 pub mod args;
+pub mod builds;
 pub mod conf;
 pub mod exit;
 pub mod graphs;
@@ -15,6 +16,7 @@ pub mod interrupt;
 pub mod pager;
 pub mod paths;
 pub mod printer;
+pub mod realising;
 pub mod terminal;
 
 use std::ffi::OsString;

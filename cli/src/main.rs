@@ -3,7 +3,7 @@
 fn main() -> std::process::ExitCode {
     // Before there is anything that a launcher of builders must not have, such as a second thread.
     if std::env::args_os().nth(1).is_some_and(|word| word == larder_sandbox::launch::LAUNCHER_WORD) {
-        larder_sandbox::enter::launcher_main();
+        larder_sandbox::enter::launcher_main_with(larder_realise::build::builtin::inside);
     }
     larder::main(std::env::args_os())
 }

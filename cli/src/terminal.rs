@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anstream::ColorChoice;
 use anstyle::{AnsiColor, Style};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use larder_core::report::{Level, Progress, Reporter, Unit};
 use serde_json::json;
 
@@ -40,10 +40,18 @@ pub struct Terminal {
     state: Mutex<State>,
 }
 
+/// A build in the JSON log.
+#[derive(Debug)]
+pub struct Activity {
+    id: u64,
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// Work under way, the innermost last.
     work: Vec<Work>,
+    /// Bars of running builds, to be kept below what is written.
+    live: Option<MultiProgress>,
     last_id: u64,
 }
 
@@ -106,7 +114,12 @@ impl Terminal {
 
     /// An error, whatever the verbosity.
     pub fn error(&self, error: &(dyn Error + 'static)) {
-        let text = indent(&chain(error)).to_string();
+        self.error_text(&chain(error));
+    }
+
+    /// An error that is a text already, with its causes.
+    pub fn error_text(&self, text: &str) {
+        let text = indent(text).to_string();
         if self.is_json() {
             self.put_json(&json!({
                 "action": "msg", "column": null, "file": null, "level": 0, "line": null,
@@ -138,10 +151,52 @@ impl Terminal {
     fn put(&self, text: &str) {
         let state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let write = || drop(std::io::stderr().lock().write_all(text.as_bytes()));
-        match state.work.iter().find_map(|work| work.bar.as_ref()) {
-            Some(bar) => bar.suspend(write),
-            None => write(),
+        match (&state.live, state.work.iter().find_map(|work| work.bar.as_ref())) {
+            (Some(live), _) => live.suspend(write),
+            (None, Some(bar)) => bar.suspend(write),
+            (None, None) => write(),
         }
+    }
+
+    /// May running builds be shown?
+    pub fn has_live(&self) -> bool {
+        self.bars && !self.is_json() && self.shows(Level::Notice)
+    }
+
+    /// A line for programs that follow builds (1.x), whatever the verbosity.
+    pub fn trace(&self, text: fmt::Arguments<'_>) {
+        self.put(&format!("@ {text}\n"));
+    }
+
+    /// Bars that are to be kept below what is written, from now on.
+    pub fn set_live(&self, bars: Option<MultiProgress>) {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner).live = bars;
+    }
+
+    /// In the JSON log: a build runs.
+    pub fn begin_build(&self, drv: &str) -> Option<Activity> {
+        if !self.is_json() {
+            return None;
+        }
+        let id = {
+            let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            state.last_id += 1;
+            state.last_id
+        };
+        self.put_json(&json!({
+            "action": "start", "id": id, "level": number(Level::Info), "parent": 0,
+            "text": format!("building '{drv}'"), "type": 105, "fields": [drv, "", 1, 1],
+        }));
+        Some(Activity { id })
+    }
+
+    /// A line of a builder's output, as it came.
+    pub fn log_line(&self, build: &Activity, line: &str) {
+        self.put_json(&json!({"action": "result", "fields": [line], "id": build.id, "type": 101}));
+    }
+
+    pub fn end_build(&self, build: &Activity) {
+        self.put_json(&json!({"action": "stop", "id": build.id}));
     }
 
     fn begin(&self, what: &str, total: Option<u64>, unit: Unit) {

@@ -70,7 +70,7 @@ pub struct Failure {
 }
 
 /// How a build failed (building, section 13).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FailureKind {
     /// The builder says so, and will again.
     Permanent,

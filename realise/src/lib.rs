@@ -1,3 +1,9 @@
 //! Realising: making store paths valid, by building them or fetching them.
 
+pub mod build;
+pub mod derivations;
+pub mod driver;
 pub mod job;
+pub mod logs;
+pub mod missing;
+pub mod plan;

@@ -14,6 +14,7 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
+use std::sync::OnceLock;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::Mode;
@@ -34,6 +35,25 @@ const PER_LINUX32: libc::c_int = 8;
 
 /// Longest job: arguments and environment of a builder are limited to a few MiB by the kernel.
 const JOB_BYTES: u64 = 64 << 20;
+
+/// A builder that is a part of the program; gives the exit code.
+pub type Inside = fn(&Plan) -> i32;
+
+/// Set once, by the launcher before it has children.
+static INSIDE: OnceLock<Inside> = OnceLock::new();
+
+/// As [`launcher_main`], where a program that begins with [`INSIDE_PREFIX`] is a function of ours.
+///
+/// It is called where another program would be executed: in the sandbox, as the builder, its
+/// output being the log.
+pub fn launcher_main_with(inside: Inside) -> ! {
+    // Nobody else sets it.
+    let _ = INSIDE.set(inside);
+    launcher_main()
+}
+
+/// What the name of a program begins with that is no file.
+pub const INSIDE_PREFIX: &str = "builtin:";
 
 /// What the launcher does instead of being the program; call it before there are threads.
 pub fn launcher_main() -> ! {
@@ -328,6 +348,11 @@ fn run_builder(plan: &Plan, control: BorrowedFd<'_>) -> ! {
     }
     if Report::Ready.send(control).is_err() {
         sys::exit(1)
+    }
+    if let Some(inside) = INSIDE.get()
+        && plan.program.as_os_str().as_bytes().starts_with(INSIDE_PREFIX.as_bytes())
+    {
+        sys::exit(inside(plan));
     }
     let error = sys::exec(&plan.program, &argv, &env);
     let reason = sys::errno_text(error.raw_os_error().unwrap_or(0));

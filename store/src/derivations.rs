@@ -5,15 +5,21 @@ use std::ffi::OsStr;
 use std::io::Read as _;
 use std::os::fd::OwnedFd;
 
-use larder_core::derivation::check::check;
-
+use larder_core::content_address::ContentAddress;
 use larder_core::derivation::aterm::{self, Mask};
-use larder_core::derivation::{Derivation, name_of};
+use larder_core::derivation::check::{CheckError, check};
+use larder_core::derivation::modulo::fill_deferred;
+use larder_core::derivation::{Derivation, Output, name_of};
+use larder_core::hash::Sha256Digest;
+use larder_core::nar::Event;
+use larder_core::nar::encoder::Encoder;
+use larder_core::path_info::PathInfo;
 use larder_core::store_path::StorePath;
 use larder_fs::file_error::FileError;
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::StoreError;
+use crate::ingest::Arrivals;
 use crate::local::LocalStore;
 
 /// The largest derivation that is read, in bytes. Real ones have up to some megabytes.
@@ -50,6 +56,29 @@ impl LocalStore {
         aterm::parse(self.dir(), &name, &text).map_err(|source| StoreError::Derivation { path: full(), source })
     }
 
+    /// Gives outputs that have no path yet the one that follows from the derivation, in its
+    /// environment too, as an evaluator would. The derivations it is made of must be there.
+    ///
+    /// Nothing changes above outputs whose paths are known only once they are built.
+    pub fn fill_output_paths(&self, drv: &mut Derivation) -> Result<(), StoreError> {
+        // The hash counts the variables, though not their values.
+        for (name, output) in &drv.outputs {
+            if *output == Output::Deferred {
+                drv.env.entry(name.as_str().into()).or_insert_with(|| "".into());
+            }
+        }
+        let mut memo = self.derivations.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let modulo = memo.modulo(self.dir(), drv, Mask::On, |input| self.derivation(input).map_err(Box::new));
+        let modulo = modulo.map_err(|source| {
+            StoreError::DerivationCheck(Box::new(CheckError::Modulo { drv: drv.name.to_string(), source }))
+        })?;
+        if !modulo.deferred {
+            fill_deferred(self.dir(), drv, &modulo.digest)
+                .map_err(|source| StoreError::Name { name: drv.name.to_string(), source })?;
+        }
+        Ok(())
+    }
+
     /// Checks a derivation that is to become valid, and gives its outputs.
     ///
     /// It lies at `entry` of the store directory; its references are valid or about to be.
@@ -65,5 +94,30 @@ impl LocalStore {
         })
         .map_err(|error| StoreError::DerivationCheck(Box::new(error)))?;
         Ok(drv.output_paths().filter_map(|(name, path)| Some((name.as_str().to_owned(), path?.clone()))).collect())
+    }
+}
+
+impl Arrivals<'_> {
+    /// Takes a derivation in as a `.drv` file. What it refers to must be valid or pending.
+    ///
+    /// It becomes valid with the next [`Arrivals::commit`].
+    /// Errors: it says of itself what is not so, such as output paths that do not follow from it.
+    pub fn add_derivation(&mut self, drv: &Derivation) -> Result<StorePath, StoreError> {
+        let store = self.store();
+        let text = drv.to_aterm(store.dir());
+        let path = drv.path(store.dir())?;
+        let mut intake = store.receive(None)?;
+        let mut archive = Vec::with_capacity(text.len() + 128);
+        let mut encoder = Encoder::new();
+        encoder.push(Event::File { executable: false, size_bytes: text.len() as u64 }, &mut archive);
+        encoder.push(Event::Contents(&text), &mut archive);
+        encoder.push(Event::EndFile, &mut archive);
+        intake.push(&mut archive.as_slice())?;
+        let incoming = intake.finish()?;
+        let mut info = PathInfo::new(path.clone(), incoming.nar_hash, incoming.nar_size_bytes);
+        info.references = drv.references();
+        info.content_address = Some(ContentAddress::Text(Sha256Digest::of(&text)));
+        self.seal(incoming, info)?;
+        Ok(path)
     }
 }

@@ -44,14 +44,15 @@ const MAX_PENDING: usize = 64;
 
 /// The files of objects with smaller archives than this (bytes) are brought to the disk one by
 /// one; those of others with all that the file system holds back.
-const SYNC_EACH_BELOW: u64 = 128 << 10;
+pub(crate) const SYNC_EACH_BELOW: u64 = 128 << 10;
 
 /// An object that lies in the store directory under a temporary name. Dropped, it goes away.
 #[derive(Debug)]
 pub(crate) struct Incoming<'s> {
     store: &'s LocalStore,
-    entry: OsString,
-    kept: bool,
+    pub(crate) entry: OsString,
+    /// It has its own name by now.
+    pub(crate) kept: bool,
     pub(crate) nar_hash: Sha256Digest,
     pub(crate) nar_size_bytes: u64,
     /// Of the candidates that were looked for.
@@ -171,8 +172,8 @@ impl LocalStore {
         )?)
     }
 
-    /// Begins to take an archive. `candidates` are the hash parts to look for in it.
-    pub(crate) fn receive(&self, candidates: Option<BTreeSet<HashPart>>) -> Result<Intake<'_>, StoreError> {
+    /// A name for something on its way in, protected from collectors.
+    pub(crate) fn temporary(&self) -> Result<Incoming<'_>, StoreError> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         self.make_room();
         // Unique among processes and times; the restorer refuses an entry that exists.
@@ -186,7 +187,19 @@ impl LocalStore {
         let name = Name::new("larder-incoming").expect("a legal name");
         let path = StorePath::new(HashPart::from_digest(fold(digest.as_bytes())), name);
         self.add_temp_roots([&path])?;
-        let entry = OsString::from(path.to_string());
+        Ok(Incoming {
+            store: self,
+            entry: OsString::from(path.to_string()),
+            kept: false,
+            nar_hash: Sha256Digest([0; 32]),
+            nar_size_bytes: 0,
+            found: BTreeSet::new(),
+        })
+    }
+
+    /// Begins to take an archive. `candidates` are the hash parts to look for in it.
+    pub(crate) fn receive(&self, candidates: Option<BTreeSet<HashPart>>) -> Result<Intake<'_>, StoreError> {
+        let incoming = self.temporary()?;
         let options = RestoreOptions {
             metadata: Metadata::Store,
             case_hack: self.options().use_case_hack,
@@ -195,15 +208,7 @@ impl LocalStore {
             below: Some(&self.layout().real_store),
             ..RestoreOptions::default()
         };
-        let restorer = Restorer::new(self.store_fd()?, &entry, options);
-        let incoming = Incoming {
-            store: self,
-            entry,
-            kept: false,
-            nar_hash: Sha256Digest([0; 32]),
-            nar_size_bytes: 0,
-            found: BTreeSet::new(),
-        };
+        let restorer = Restorer::new(self.store_fd()?, &incoming.entry, options);
         Ok(Intake { incoming, restorer, hasher: NarHasher::new(), scanner: candidates.map(Scanner::new) })
     }
 
@@ -265,7 +270,10 @@ fn open_flat(source: &Path) -> Result<std::fs::File, StoreError> {
 }
 
 /// Reads to the end, in pieces of up to 256 KiB.
-fn copy(file: &mut dyn Read, each: &mut dyn FnMut(&[u8]) -> Result<(), StoreError>) -> Result<(), StoreError> {
+pub(crate) fn copy(
+    file: &mut dyn Read,
+    each: &mut dyn FnMut(&[u8]) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
     let mut block = vec![0; larder_fs::pipe::BLOCK_BYTES];
     loop {
         match file.read(&mut block) {

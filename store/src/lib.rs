@@ -3,8 +3,10 @@
 //! What comes in comes through [`ingest`]; what is valid is what the ledger (`larder-store-db`)
 //! says; objects are real entries of the store directory (`larder-fs`).
 
+pub mod adopt;
 pub mod adoption;
 mod broom;
+pub mod closure;
 pub mod collect;
 pub mod delete;
 mod derivations;

@@ -1,8 +1,10 @@
 //! `larder`: the same store for people, with words instead of flags and JSON where output is data.
 
 mod asking;
+mod build;
 mod changing;
 mod check;
+mod derivation;
 mod garbage;
 mod links;
 
@@ -64,6 +66,13 @@ fn log_format(text: &str) -> Result<LogFormat, crate::args::LogFormatError> {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Build derivations and print what they made
+    Build(Build),
+    /// Print the log of a build
+    Log(Log),
+    /// Write derivations without an evaluator, and read them
+    #[command(subcommand)]
+    Derivation(DerivationCommand),
     /// Copy files or trees into the store and print their paths
     Add(Add),
     /// Tell what the store knows of paths
@@ -103,6 +112,78 @@ pub struct Json {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag that was given or not")]
+pub struct Build {
+    /// JSON files with derivations, or paths in the store: DRV, DRV^OUTPUT,...
+    #[arg(required = true, value_name = "TARGET")]
+    pub targets: Vec<OsString>,
+    /// Builds at once, or auto for one a processor
+    #[arg(short, long, value_name = "N")]
+    pub jobs: Option<String>,
+    /// Go on with what does not need a failed build
+    #[arg(short, long)]
+    pub keep_going: bool,
+    /// Keep the directories of failed builds
+    #[arg(short = 'K', long)]
+    pub keep_failed: bool,
+    /// Build once more, and compare
+    #[arg(long, conflicts_with = "repair")]
+    pub check: bool,
+    /// Make damaged outputs anew
+    #[arg(long)]
+    pub repair: bool,
+    /// Only tell what would be built
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not show what builders write
+    #[arg(short = 'Q', long)]
+    pub no_output: bool,
+    /// Let builders see this path of the machine (repeatable): PATH or INSIDE=PATH
+    #[arg(long = "sandbox-path", value_name = "PATH")]
+    pub sandbox_paths: Vec<String>,
+    /// Let builders see the programs of the machine: /bin, /lib, /usr, ...
+    #[arg(long)]
+    pub host_tools: bool,
+    /// Also make this link, which keeps the output from being collected
+    #[arg(long, value_name = "LINK")]
+    pub root: Option<PathBuf>,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+#[derive(Debug, Args)]
+pub struct Log {
+    /// Derivations, or what they made
+    #[arg(required = true, value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DerivationCommand {
+    /// Take derivations from JSON files into the store, and print their paths
+    Add(DerivationAdd),
+    /// Print derivations as JSON
+    Show(DerivationShow),
+}
+
+#[derive(Debug, Args)]
+pub struct DerivationAdd {
+    /// JSON files; - is standard input
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct DerivationShow {
+    /// Derivations, or what they made
+    #[arg(required = true, value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// Also all derivations they need
+    #[arg(short, long)]
+    pub recursive: bool,
 }
 
 #[derive(Debug, Args)]
@@ -318,8 +399,16 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
     };
     cx.terminal.set_verbosity(cli.global.verbosity());
     cx.terminal.set_format(cli.global.log_format.unwrap_or_default());
-    let settings = cx.settings(&cli.global.overrides())?;
+    let mut overrides = cli.global.overrides();
+    if let Command::Build(args) = &cli.command {
+        overrides.extend(args.overrides());
+    }
+    let settings = cx.settings(&overrides)?;
     match cli.command {
+        Command::Build(args) => build::build(cx, &settings, &args)?,
+        Command::Log(args) => build::log(cx, &settings, &args)?,
+        Command::Derivation(DerivationCommand::Add(args)) => derivation::add(cx, &settings, &args)?,
+        Command::Derivation(DerivationCommand::Show(args)) => derivation::show(cx, &settings, &args)?,
         Command::Links(links) => {
             let made = links::make(&links.dir, links.force)?;
             let mut out = Printer::new(Output::Listing);

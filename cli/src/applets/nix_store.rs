@@ -5,6 +5,7 @@
 
 mod keys;
 pub(super) mod query;
+pub(super) mod realise;
 pub(super) mod store;
 
 use std::ffi::OsString;
@@ -112,6 +113,9 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Dump { path } => dump_to(&path, &dump_options(&settings), None, &cx.interrupt)?,
         Command::Restore { path } => restore_from(&path, restore_options(&settings), None, &cx.interrupt)?,
         Command::Init => drop(store::open(cx, &settings, Access::ReadWrite)?),
+        Command::Realise(args) => realise::realise(cx, &settings, &common, &args)?,
+        Command::RepairPath { paths } => realise::repair_paths(cx, &settings, &common, &paths)?,
+        Command::ReadLog { paths } => realise::read_logs(cx, &settings, &paths)?,
         Command::Query(query) => query::run(cx, &settings, &query)?,
         Command::Add { files } => store::add(cx, &settings, &files, Method::Recursive, Algorithm::Sha256)?,
         Command::AddFixed { method, algorithm, files } => store::add(cx, &settings, &files, method, algorithm)?,
@@ -133,9 +137,6 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::PrintEnv { derivation } => store::print_env(cx, &settings, &derivation)?,
         Command::QueryFailedPaths => store::query_failed_paths(cx, &settings)?,
         Command::ClearFailedPaths { paths } => store::clear_failed_paths(cx, &settings, &paths)?,
-        Command::Realise(_) => return Err(StoreOpError::NotYet { what: "cannot build or substitute" }.into()),
-        Command::RepairPath { .. } => return Err(StoreOpError::NotYet { what: "cannot repair paths" }.into()),
-        Command::ReadLog { .. } => return Err(StoreOpError::NotYet { what: "cannot read build logs" }.into()),
         Command::Serve { .. } => return Err(StoreOpError::NotYet { what: "cannot serve the store" }.into()),
     }
     Ok(Status::SUCCESS)

@@ -233,8 +233,11 @@ fn read_output(
             let [path] = fields(value, place, ["path"])?;
             read_path(dir, path, place).map(Output::InputAddressed)
         }
-        ["hash", "hashAlgo", "method", "path"] => {
-            let [hash, algorithm, method, path] = fields(value, place, ["hash", "hashAlgo", "method", "path"])?;
+        // Without its path, which follows: nobody who writes one by hand knows it.
+        ["hash", "hashAlgo", "method"] | ["hash", "hashAlgo", "method", "path"] => {
+            let path = map.get("path");
+            let [hash, algorithm, method] =
+                ["hash", "hashAlgo", "method"].map(|key| map.get(key).unwrap_or(&Value::Null));
             let (method, algorithm) = read_method(method, algorithm, place)?;
             let hash = Hash::parse_bare(string(hash, || format!("{place}.hash"))?, algorithm)
                 .map_err(|source| JsonError::Hash { place: format!("{place}.hash"), source })?;
@@ -244,9 +247,9 @@ fn read_output(
             };
             let fixed = Output::fixed(dir, drv_name, output, address)
                 .map_err(|source| JsonError::MakePath { place: place.to_owned(), source })?;
-            let found = read_path(dir, path, place)?;
-            match fixed.path() {
-                Some(right) if *right != found => Err(JsonError::WrongPath {
+            let found = path.map(|path| read_path(dir, path, place)).transpose()?;
+            match (fixed.path(), found) {
+                (Some(right), Some(found)) if *right != found => Err(JsonError::WrongPath {
                     place: format!("{place}.path"),
                     found: dir.full(&found),
                     right: dir.full(right),

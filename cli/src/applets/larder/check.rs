@@ -38,7 +38,7 @@ pub struct Rebuild {
 pub(super) fn db(cx: &Context, settings: &Settings, args: &Db) -> Result<(), Failure> {
     let DbCommand::Rebuild(args) = &args.command;
     if !args.dry_run
-        && let Some(aside) = set_broken_ledger_aside(&local(cx, settings)?.db_dir)?
+        && let Some(aside) = set_broken_ledger_aside(&local(cx, settings, Access::ReadWrite)?.db_dir)?
     {
         let text = format_args!("the database cannot be read and is now '{}'", aside.display());
         cx.terminal.message(Level::Warn, text);

@@ -13,7 +13,8 @@ use larder_store::{LocalStore, StoreError};
 use larder_store_db::graph::{closure_of, neighbours_of};
 use larder_store_db::{Graph, Walk};
 
-use super::store::{StoreOpError, must_be_there, open};
+use super::realise::force;
+use super::store::{must_be_there, open};
 use crate::applets::Context;
 use crate::args::nix_store::{Query, QueryKind};
 use crate::args::shown;
@@ -39,9 +40,13 @@ struct Asked<'a> {
 }
 
 pub(super) fn run(cx: &Context, settings: &Settings, query: &Query) -> Result<(), Failure> {
-    let store = open(cx, settings, Access::ReadOnly)?;
+    let access = if query.force_realise { Access::ReadWrite } else { Access::ReadOnly };
+    let store = open(cx, settings, access)?;
     let mut asked = Asked { store: &store, query, out: Printer::paged(&cx.env, &cx.interrupt) };
     let paths = store_paths(store.dir(), &query.paths)?;
+    if query.force_realise {
+        force(cx, settings, &store, &paths)?;
+    }
     asked.answer(&paths)?;
     Ok(asked.out.finish()?)
 }
@@ -152,13 +157,6 @@ impl Asked<'_> {
         } else {
             BTreeSet::from([path.clone()])
         };
-        if self.query.force_realise {
-            for output in &outputs {
-                if !self.store.is_valid(output)? {
-                    return Err(StoreOpError::NotYet { what: "cannot build what is not there" }.into());
-                }
-            }
-        }
         Ok(outputs)
     }
 

@@ -1,0 +1,206 @@
+//! Derivations that people write: `larder derivation add` and `show`, and files for `larder build`.
+//!
+//! The JSON is that of Nix 2.26, and leaving out is allowed: what has a usual value may be missing,
+//! and paths of outputs follow from the rest. Two keys are our own, as nobody knows store paths by
+//! heart: `files` names files or trees that are copied into the store, and `derivations` names other
+//! JSON files. Each becomes an input, and a variable of the builder holds its path.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+
+use larder_core::content_address::Method;
+use larder_core::derivation::json::{from_json, to_json};
+use larder_core::derivation::{Derivation, Output, OutputName};
+use larder_core::hash::Algorithm;
+use larder_core::settings::Settings;
+use larder_core::store_path::StorePath;
+use larder_fs::layout::Access;
+use larder_store::LocalStore;
+use larder_store::ingest::ContentAddressed;
+use serde_json::{Map, Value, json};
+
+use super::asking::paths;
+use super::{DerivationAdd, DerivationShow};
+use crate::applets::nix_store::store::{object_name, open};
+use crate::applets::{Context, print_json};
+use crate::exit::Failure;
+use crate::printer::{Output as Kind, Printer};
+
+/// The largest file that is read, in bytes.
+const MAX_BYTES: u64 = 64 << 20;
+
+/// Files that name each other, one in the other, at most.
+const MAX_DEPTH: usize = 100;
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(super) enum FileError {
+    #[error("cannot read '{}'", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("'{}' has more than {MAX_BYTES} bytes", path.display())]
+    Large { path: PathBuf },
+    #[error("'{}' is not JSON", path.display())]
+    Json { path: PathBuf, source: serde_json::Error },
+    #[error("'{}' is no derivation", path.display())]
+    Derivation { path: PathBuf, source: larder_core::derivation::json::JsonError },
+    #[error("{place} in '{}' should be {wanted}", path.display())]
+    Type { path: PathBuf, place: String, wanted: &'static str },
+    #[error("'{}' is deeper than {MAX_DEPTH} files; does it need itself?", path.display())]
+    Deep { path: PathBuf },
+    #[error("the derivation of '{}' has no output 'out', so the variable '{variable}' has no path", path.display())]
+    NoOut { path: PathBuf, variable: String },
+}
+
+/// `larder derivation add`.
+pub(super) fn add(cx: &Context, settings: &Settings, args: &DerivationAdd) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadWrite)?;
+    let mut out = Printer::new(Kind::Listing);
+    let mut loader = Loader::new(&store, settings);
+    for file in &args.files {
+        let path = loader.load(file, 0)?;
+        out.line(store.dir().display(&path))?;
+    }
+    Ok(out.finish()?)
+}
+
+/// `larder derivation show`: an object of derivations by their paths.
+pub(super) fn show(cx: &Context, settings: &Settings, args: &DerivationShow) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadOnly)?;
+    let mut asked = paths(store.dir(), &args.paths)?;
+    if args.recursive {
+        asked = store.closure(&asked)?.into_iter().filter(StorePath::is_derivation).collect();
+    }
+    let mut all = Map::new();
+    for path in asked {
+        // An output means what made it.
+        let drv = if path.is_derivation() { path.clone() } else { store.info(&path)?.deriver.unwrap_or(path) };
+        all.insert(store.dir().full(&drv), to_json(&store.derivation(&drv)?, store.dir())?);
+    }
+    print_json(&Value::Object(all))
+}
+
+/// Takes derivations from files into a store, each file once.
+pub(super) struct Loader<'a> {
+    store: &'a LocalStore,
+    settings: &'a Settings,
+    loaded: BTreeMap<PathBuf, StorePath>,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) const fn new(store: &'a LocalStore, settings: &'a Settings) -> Self {
+        Self { store, settings, loaded: BTreeMap::new() }
+    }
+
+    /// The derivation of a file (`-`: standard input), which is valid from then on.
+    pub(super) fn load(&mut self, file: &Path, depth: usize) -> Result<StorePath, Failure> {
+        if depth > MAX_DEPTH {
+            return Err(FileError::Deep { path: file.to_owned() }.into());
+        }
+        let read = |source| FileError::Read { path: file.to_owned(), source };
+        let stdin = file.as_os_str() == "-";
+        let real = if stdin { PathBuf::from("/dev/stdin") } else { file.canonicalize().map_err(read)? };
+        if let Some(path) = self.loaded.get(&real) {
+            return Ok(path.clone());
+        }
+        let mut text = Vec::new();
+        let source: Box<dyn io::Read> =
+            if stdin { Box::new(io::stdin()) } else { Box::new(File::open(&real).map_err(read)?) };
+        source.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(read)?;
+        if text.len() as u64 > MAX_BYTES {
+            return Err(FileError::Large { path: file.to_owned() }.into());
+        }
+        let value: Value =
+            serde_json::from_slice(&text).map_err(|source| FileError::Json { path: file.to_owned(), source })?;
+        let dir = if stdin { Path::new(".") } else { file.parent().unwrap_or(Path::new("")) };
+        let value = self.complete(value, file, dir, depth)?;
+        let mut drv = from_json(self.store.dir(), &value)
+            .map_err(|source| FileError::Derivation { path: file.to_owned(), source })?;
+        self.name_fixed_outputs(&mut drv);
+        self.store.fill_output_paths(&mut drv)?;
+        let mut arrivals = self.store.arrivals();
+        let path = arrivals.add_derivation(&drv)?;
+        arrivals.commit()?;
+        self.loaded.insert(real, path.clone());
+        Ok(path)
+    }
+
+    /// Adds what may be left out, and replaces our own keys.
+    fn complete(&mut self, value: Value, file: &Path, dir: &Path, depth: usize) -> Result<Value, Failure> {
+        let wrong = |place: &str, wanted| FileError::Type { path: file.to_owned(), place: place.to_owned(), wanted };
+        let Value::Object(mut map) = value else { return Err(wrong("it", "an object").into()) };
+        let mut own = |key: &str| -> Result<Vec<(String, PathBuf)>, Failure> {
+            let Some(value) = map.remove(key) else { return Ok(Vec::new()) };
+            let Value::Object(named) = value else { return Err(wrong(key, "an object").into()) };
+            let named = named.into_iter().map(|(name, value)| match value {
+                Value::String(text) => Ok((name, dir.join(text))),
+                _ => Err(wrong(&format!("{key}.{name}"), "the name of a file").into()),
+            });
+            named.collect()
+        };
+        let (files, derivations) = (own("files")?, own("derivations")?);
+        for (key, usual) in [
+            ("args", json!([])),
+            ("env", json!({})),
+            ("inputDrvs", json!({})),
+            ("inputSrcs", json!([])),
+            ("outputs", json!({ "out": {} })),
+            ("system", json!(self.settings.system)),
+        ] {
+            map.entry(key).or_insert(usual);
+        }
+        if let Some(Value::Object(inputs)) = map.get_mut("inputDrvs") {
+            for value in inputs.values_mut() {
+                match value {
+                    Value::Array(names) => {
+                        let names = std::mem::take(names);
+                        *value = json!({ "dynamicOutputs": {}, "outputs": names });
+                    }
+                    Value::Object(input) => drop(input.entry("dynamicOutputs").or_insert_with(|| json!({}))),
+                    _ => {}
+                }
+            }
+        }
+        for (variable, file) in files {
+            let content = ContentAddressed {
+                name: object_name(file.as_os_str())?,
+                method: Method::Recursive,
+                algorithm: Algorithm::Sha256,
+            };
+            let path = self.store.dir().full(&self.store.add(&file, &content)?);
+            if let Some(Value::Array(sources)) = map.get_mut("inputSrcs") {
+                sources.push(json!(path));
+            }
+            set_variable(&mut map, &variable, &path);
+        }
+        for (variable, file) in derivations {
+            let input = self.load(&file, depth + 1)?;
+            let output = self.store.derivation_outputs(&input)?.remove("out");
+            let output = output.ok_or_else(|| FileError::NoOut { path: file.clone(), variable: variable.clone() })?;
+            if let Some(Value::Object(inputs)) = map.get_mut("inputDrvs") {
+                inputs.insert(self.store.dir().full(&input), json!({ "dynamicOutputs": {}, "outputs": ["out"] }));
+            }
+            set_variable(&mut map, &variable, &self.store.dir().full(&output));
+        }
+        Ok(Value::Object(map))
+    }
+
+    /// Builders find the path of an output in the variable of its name.
+    fn name_fixed_outputs(&self, drv: &mut Derivation) {
+        let dir = self.store.dir();
+        let fixed = drv.outputs.iter().filter_map(|(name, output)| match output {
+            Output::Fixed { path, .. } => Some((name.clone(), dir.full(path))),
+            _ => None,
+        });
+        for (name, path) in fixed.collect::<Vec<(OutputName, String)>>() {
+            drv.env.entry(name.as_str().into()).or_insert_with(|| path.into());
+        }
+    }
+}
+
+fn set_variable(map: &mut Map<String, Value>, variable: &str, value: &str) {
+    if let Some(Value::Object(env)) = map.get_mut("env") {
+        env.insert(variable.to_owned(), json!(value));
+    }
+}

@@ -1,0 +1,105 @@
+//! Build users: accounts that builders run as, each used by one build at a time.
+//!
+//! Source: building, section 8. The members of the group are taken in their order; whoever holds
+//! the lock on `$V/userpool/<uid>` has the user, across all processes and real Nix.
+
+use std::io;
+
+use larder_fs::file_error::FileError;
+use larder_fs::layout::{Layout, make_dirs};
+use larder_fs::lock_file::{LockFile, Sharing, Wait};
+use larder_fs::users::Users;
+
+/// A user that one build has, until dropped.
+#[derive(Debug)]
+pub struct BuildUser {
+    pub uid: u32,
+    /// Of the build users' group.
+    pub gid: u32,
+    /// The groups of the account, for builds without a sandbox (`kvm`).
+    pub groups: Vec<u32>,
+    _lock: LockFile,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UsersError {
+    #[error("the group '{group}' specified in 'build-users-group' does not exist")]
+    NoGroup { group: String },
+    #[error("the build users group '{group}' has no members")]
+    NoMembers { group: String },
+    #[error("the user '{user}' in the group '{group}' does not exist")]
+    NoUser { user: String, group: String },
+    #[error("the Nix user should not be a member of '{group}'")]
+    Ourselves { group: String },
+    #[error("cannot read the user database")]
+    Database(#[source] io::Error),
+    #[error(transparent)]
+    Lock(#[from] FileError),
+}
+
+/// Takes a member of the group that no build uses; `None` if all are in use.
+pub fn acquire(layout: &Layout, users: &Users, group: &str) -> Result<Option<BuildUser>, UsersError> {
+    let found = users.group_by_name(group).map_err(UsersError::Database)?;
+    let found = found.ok_or_else(|| UsersError::NoGroup { group: group.to_owned() })?;
+    if found.members.is_empty() {
+        return Err(UsersError::NoMembers { group: group.to_owned() });
+    }
+    let me = rustix::process::geteuid().as_raw();
+    for name in &found.members {
+        let user = users.user_by_name(name).map_err(UsersError::Database)?;
+        let user = user.ok_or_else(|| UsersError::NoUser { user: name.clone(), group: group.to_owned() })?;
+        if user.uid == 0 || user.uid == me || rustix::process::getuid().as_raw() == user.uid {
+            return Err(UsersError::Ourselves { group: group.to_owned() });
+        }
+        if let Some(lock) = lock(layout, user.uid)? {
+            let groups = users.groups_of(&user).map_err(UsersError::Database)?;
+            // What belongs to root's group is nothing for a builder.
+            let groups = groups.into_iter().filter(|gid| *gid != 0 && *gid != found.gid).collect();
+            return Ok(Some(BuildUser { uid: user.uid, gid: found.gid, groups, _lock: lock }));
+        }
+    }
+    Ok(None)
+}
+
+/// Takes the lock of a build user, if nobody has it.
+pub(super) fn lock(layout: &Layout, uid: u32) -> Result<Option<LockFile>, FileError> {
+    let pool = layout.user_pool();
+    make_dirs(&pool)?;
+    let lock = LockFile::open(&pool.join(uid.to_string()))?;
+    Ok(lock.lock(Sharing::Exclusive, &mut Wait::No)?.then_some(lock))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use larder_core::store_dir::StoreDir;
+
+    #[test]
+    fn each_user_once_and_clear_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::rooted(StoreDir::new("/nix/store").unwrap(), dir.path());
+        let me = rustix::process::geteuid().as_raw();
+        let group = "g:x:100:\nb:x:4000:u1,u2\nlost:x:4001:u9\nroot:x:0:u1\nmine:x:4002:me\nkvm:x:78:u1\n";
+        std::fs::write(dir.path().join("group"), group).unwrap();
+        let passwd = format!("u1:x:40001:4000::/:/x\nu2:x:40002:4000::/:/x\nme:x:{me}:4002::/:/x\n");
+        std::fs::write(dir.path().join("passwd"), passwd).unwrap();
+        let users = Users::from_files(dir.path().join("passwd"), dir.path().join("group"));
+        let get = |group: &str| acquire(&layout, &users, group);
+        let first = get("b").unwrap().unwrap();
+        assert_eq!((first.uid, first.gid, &first.groups[..]), (40001, 4000, &[78][..]));
+        let second = get("b").unwrap().unwrap();
+        assert_eq!((second.uid, second.groups.len()), (40002, 0));
+        assert!(get("b").unwrap().is_none());
+        drop(first);
+        assert_eq!(get("b").unwrap().unwrap().uid, 40001);
+        for (group, text) in [
+            ("z", "the group 'z' specified in 'build-users-group' does not exist"),
+            ("g", "the build users group 'g' has no members"),
+            ("lost", "the user 'u9' in the group 'lost' does not exist"),
+            ("mine", "the Nix user should not be a member of 'mine'"),
+        ] {
+            assert_eq!(get(group).unwrap_err().to_string(), text);
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Derivations read from the store, each once in a run.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use larder_core::derivation::options::Attributes;
+use larder_core::derivation::{Derivation, OutputName};
+use larder_core::settings::Settings;
+use larder_core::store_path::StorePath;
+use larder_store::{LocalStore, StoreError};
+
+/// Reads derivations, and remembers them while they may be needed again.
+#[derive(Debug)]
+pub struct Derivations<'a> {
+    store: &'a LocalStore,
+    read: Mutex<HashMap<StorePath, Arc<Derivation>>>,
+}
+
+impl<'a> Derivations<'a> {
+    pub fn new(store: &'a LocalStore) -> Self {
+        Self { store, read: Mutex::default() }
+    }
+
+    pub fn get(&self, path: &StorePath) -> Result<Arc<Derivation>, StoreError> {
+        if let Some(drv) = self.read.lock().unwrap_or_else(PoisonError::into_inner).get(path) {
+            return Ok(Arc::clone(drv));
+        }
+        let drv = Arc::new(self.store.derivation(path)?);
+        self.read.lock().unwrap_or_else(PoisonError::into_inner).insert(path.clone(), Arc::clone(&drv));
+        Ok(drv)
+    }
+
+    /// Forgets one that is done.
+    pub fn forget(&self, path: &StorePath) {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner).remove(path);
+    }
+}
+
+/// The paths of all outputs, and the name of one whose path is not known before it is built.
+pub fn known_outputs(drv: &Derivation) -> Result<Vec<(OutputName, StorePath)>, OutputName> {
+    drv.output_paths().map(|(name, path)| Ok((name.clone(), path.ok_or_else(|| name.clone())?.clone()))).collect()
+}
+
+/// May its outputs be fetched? Badly formed attributes are the builder's side to complain about.
+pub fn allows_substitutes(path: &StorePath, drv: &Derivation, settings: &Settings) -> bool {
+    settings.always_allow_substitutes
+        || Attributes::new(path, drv).and_then(|attributes| attributes.flag("allowSubstitutes", true)).unwrap_or(true)
+}
+
+/// Why it cannot be built on this machine: its system, or features that it requires.
+pub fn unsupported(store: &LocalStore, path: &StorePath, drv: &Derivation, settings: &Settings) -> Option<String> {
+    let attributes = Attributes::new(path, drv).ok();
+    let required =
+        attributes.as_ref().and_then(|attributes| attributes.strings("requiredSystemFeatures").ok().flatten());
+    let mut required: Vec<String> =
+        required.unwrap_or_default().iter().map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+    required.sort_unstable();
+    required.dedup();
+    let ours = drv.system == settings.system
+        || settings.extra_platforms.contains(&drv.system)
+        || (drv.system == "builtin" && drv.builder.starts_with(b"builtin:"));
+    if ours && required.iter().all(|feature| settings.system_features.contains(feature)) {
+        return None;
+    }
+    let have: Vec<&str> = settings.system_features.iter().map(String::as_str).collect();
+    Some(format!(
+        "a '{}' with features {{{}}} is required to build '{}', but I am a '{}' with features {{{}}}",
+        drv.system,
+        required.join(", "),
+        store.dir().full(path),
+        settings.system,
+        have.join(", ")
+    ))
+}

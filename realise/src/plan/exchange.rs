@@ -1,0 +1,212 @@
+//! What a plan is told and what it asks for: options, events and actions.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use larder_core::derivation::OutputName;
+use larder_core::store_path::StorePath;
+
+use super::error::GoalError;
+use super::goal::{Key, Wanted};
+use crate::job::{Failure, Mode};
+
+/// How to go about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "settings are what they are")]
+pub struct Options {
+    pub mode: Mode,
+    /// Fetch at all?
+    pub substitute: bool,
+    /// Is there anyone to fetch from? If not, nobody is asked.
+    pub has_substituters: bool,
+    /// Build what could not be fetched, even if a substituter should have had it.
+    pub fallback: bool,
+    pub keep_going: bool,
+    /// Builds at once. Fetching takes the same slots, and one at least.
+    pub max_jobs: u32,
+    /// The store cannot be written to.
+    pub read_only: bool,
+}
+
+/// Something the user wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    pub key: Key,
+    /// For a derivation.
+    pub wanted: Wanted,
+}
+
+/// An output, and whether it is valid; repairing, whether it also is undamaged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    pub path: StorePath,
+    pub valid: bool,
+}
+
+/// What is written in a derivation, and follows from it and this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Facts {
+    pub inputs: BTreeMap<StorePath, BTreeSet<OutputName>>,
+    /// Sources that are not valid.
+    pub missing_sources: BTreeSet<StorePath>,
+    pub allow_substitutes: bool,
+    /// Why it cannot be built here, whatever is done.
+    pub unsupported: Option<Arc<str>>,
+}
+
+/// What a substituter says about a path.
+#[derive(Debug)]
+pub enum Offer {
+    /// It is there already.
+    Valid,
+    /// The substituter of this number has it, and it refers to these.
+    From { substituter: usize, references: BTreeSet<StorePath> },
+    /// Nobody after the last one asked has it.
+    Nobody,
+    /// The substituter of this number did not answer as it should.
+    Error { substituter: usize, failure: Failure },
+}
+
+/// How fetching from one substituter ended.
+#[derive(Debug)]
+pub enum Fetched {
+    Done,
+    /// It says it has it, but has not.
+    Gone,
+    Failed(Failure),
+    /// Another process is at it.
+    Locked(PathBuf),
+}
+
+/// How a build ended, as far as the plan is concerned.
+#[derive(Debug)]
+pub enum Built {
+    /// These outputs are valid now; `made` here, or by someone else.
+    Valid {
+        outputs: BTreeSet<OutputName>,
+        made: bool,
+    },
+    Failed(Failure),
+    Locked(PathBuf),
+    NoBuildUser,
+}
+
+/// What has happened. But for the first and the last two, each answers an [`Action`].
+#[derive(Debug)]
+pub enum Event {
+    /// Said once, at first.
+    Realise(Vec<Target>),
+    /// `None`: the derivation itself is not valid.
+    Outputs {
+        drv: StorePath,
+        answer: Result<Option<BTreeMap<OutputName, Known>>, Failure>,
+    },
+    Inputs {
+        drv: StorePath,
+        answer: Result<Facts, Failure>,
+    },
+    /// What is damaged in the closure of the outputs, and what may make it anew.
+    Closure {
+        drv: StorePath,
+        answer: Result<Vec<(StorePath, Option<StorePath>)>, Failure>,
+    },
+    Offer {
+        path: StorePath,
+        offer: Offer,
+    },
+    Fetched {
+        path: StorePath,
+        fetched: Fetched,
+    },
+    Built {
+        drv: StorePath,
+        built: Built,
+    },
+    /// The time to look again at what waits for other processes.
+    Poll,
+    /// The user wants to stop.
+    Interrupt,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Is the derivation valid, and which outputs has it? All become temporary roots first.
+    /// `verify`: also read the contents of those wanted.
+    AskOutputs {
+        drv: StorePath,
+        verify: Option<Wanted>,
+    },
+    AskInputs {
+        drv: StorePath,
+    },
+    AskClosure {
+        drv: StorePath,
+    },
+    /// Is it valid, or who has it? Substituters up to and with number `after` were tried.
+    /// `verify`: being valid is not enough.
+    AskOffer {
+        path: StorePath,
+        after: Option<usize>,
+        verify: bool,
+    },
+    Fetch {
+        path: StorePath,
+        substituter: usize,
+        replace: bool,
+    },
+    Build {
+        drv: StorePath,
+        wanted: Wanted,
+        mode: Mode,
+    },
+    /// Stop builds and fetching; each still answers.
+    CancelAll,
+    /// Say [`Event::Poll`] after some time. Never asked for twice at once.
+    PollLater,
+    Tell(Notice),
+}
+
+/// Something the user may want to know now.
+#[derive(Debug, Clone)]
+pub enum Notice {
+    /// A goal failed for which others wait, so that its error would not be seen otherwise.
+    Failed(Arc<GoalError>),
+    WaitsForLock {
+        path: PathBuf,
+    },
+    WaitsForUser {
+        drv: StorePath,
+    },
+    /// A substituter failed, and others are tried, or the path is built.
+    Substituter(Arc<str>),
+}
+
+/// How a goal went well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Success {
+    Built,
+    Substituted,
+    AlreadyValid,
+}
+
+/// Why a run ended before its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// A target failed, and not `keep_going`.
+    Failed,
+    /// Nothing could run: no slots.
+    NoJobs,
+    Interrupted,
+}
+
+/// How a target ended.
+#[derive(Debug)]
+pub struct Ended<'a> {
+    pub target: &'a Target,
+    /// `None`: it was given up before.
+    pub result: Option<Result<Success, Arc<GoalError>>>,
+    /// Was the error told already, in a [`Notice`]?
+    pub told: bool,
+}

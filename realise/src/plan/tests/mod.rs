@@ -1,0 +1,5 @@
+//! The plan against a world that is made up, and cases from the seeds.
+
+mod cases;
+mod random;
+mod world;
