@@ -389,7 +389,7 @@ fn check(seed: u64) {
     assert!(world.entries().iter().all(|path| left.contains(path)), "seed {seed}");
     assert!(
         dead.iter()
-            .all(|path| world.invalid.contains(*path) || !left.contains(&format!("{path}\n{}", "ab".repeat(32))))
+            .all(|path| world.invalid.contains(path) || !left.contains(&format!("{path}\n{}", "ab".repeat(32))))
     );
 }
 
