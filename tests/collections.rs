@@ -388,8 +388,9 @@ fn check(seed: u64) {
     let left = world.house.words("nix-store", "--dump-db").stdout;
     assert!(world.entries().iter().all(|path| left.contains(path)), "seed {seed}");
     assert!(
-        dead.iter()
-            .all(|path| world.invalid.contains(path.as_str()) || !left.contains(&format!("{path}\n{}", "ab".repeat(32))))
+        dead.iter().all(
+            |path| world.invalid.contains(path.as_str()) || !left.contains(&format!("{path}\n{}", "ab".repeat(32)))
+        )
     );
 }
 

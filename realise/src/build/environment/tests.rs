@@ -1,3 +1,5 @@
+//! What a builder is given, against what real Nix gives.
+
 use super::*;
 use larder_core::derivation::{name_of, parse};
 
