@@ -333,6 +333,7 @@ pub enum ChoiceError {
 
 /// What is found on disk, as far as choosing a store depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "facts are independent of each other")]
 pub struct Facts {
     pub state_dir: StateDir,
     pub socket_exists: bool,

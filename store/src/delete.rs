@@ -14,7 +14,7 @@ use larder_gc::roots::{self, Found, Root, RootKind, StaleLinks};
 use larder_store_db::ReadTxn;
 use larder_store_db::graph::closure_of;
 
-use crate::broom::Broom;
+use crate::broom::{Broom, is_trash};
 use crate::collect::Freed;
 use crate::error::StoreError;
 use crate::local::LocalStore;
@@ -88,6 +88,8 @@ impl LocalStore {
                 kept.roots.insert(root.path);
             }
         }
+        // What a killed run has moved aside.
+        broom.discard(self.entries()?.into_iter().filter(|name| is_trash(name)).collect());
         let rules = if options.ignore_liveness { Rules::REFERENCES } else { self.rules() };
         let listed: BTreeSet<&StorePath> = paths.iter().collect();
         let mut deleted = HashSet::new();

@@ -17,7 +17,8 @@ fn build(command: &dyn Fn() -> Command, derivations: &[String]) -> (String, BTre
     let realised = run(realise.args(["-r", "-k"]).args(derivations), b"");
     assert_eq!(realised.status, Some(0), "{}", realised.stderr);
     let dumped = run(command().arg("--dump-db"), b"");
-    let closure = run(command().arg("-qR").args(derivations), b"");
+    let names = derivations.iter().filter_map(|drv| drv.split('!').next());
+    let closure = run(command().arg("-qR").args(names), b"");
     let mut logs = BTreeMap::new();
     for derivation in closure.stdout.lines().filter(|path| path.ends_with(".drv")) {
         let log = run(command().args(["--read-log", derivation]), b"");
