@@ -41,10 +41,6 @@ const OPEN_ATTEMPTS: u32 = 50;
 /// ... after such a pause.
 const OPEN_PAUSE: Duration = Duration::from_micros(500);
 
-/// Reading alone may keep so many times more pages: a closure comes back to the same ones, and a page
-/// that is read again costs as much as the memory to keep it.
-const READ_CACHE_RATIO: usize = 4;
-
 /// What the caller will do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -300,9 +296,7 @@ impl StoreDb {
 
     fn open_reader(&self) -> Result<ReadOnlyDatabase, DatabaseError> {
         let file = FileBackend::new(FileOptions::new().read(true).open(&self.path)?)?;
-        let mut builder = self.builder();
-        builder.set_cache_size(self.options.cache_bytes.saturating_mul(READ_CACHE_RATIO));
-        builder.open_read_only_with_backend(ReadAhead::new(file))
+        self.builder().open_read_only_with_backend(ReadAhead::new(file))
     }
 
     /// May this user, by mode and by permission, write to the file?
