@@ -1,5 +1,7 @@
 //! `larder` itself.
 
+use std::path::Path;
+
 use crate::house::{House, LARDER, run};
 
 #[test]
@@ -40,4 +42,73 @@ fn completions_and_manual_pages() {
     for name in ["larder.1", "larder-add.1", "larder-path-info.1"] {
         assert!(house.work().join("man1").join(name).exists(), "{name}");
     }
+}
+
+#[test]
+fn a_tree_goes_in_and_is_asked_about() {
+    let house = House::new();
+    std::fs::create_dir(house.work().join("d")).unwrap();
+    house.write("d/x", "hello\n");
+    let added = house.words("larder", "add d --root link");
+    assert_eq!(added.status, Some(0), "{added:?}");
+    let path = added.stdout.trim_end();
+    assert!(path.ends_with("-d"), "{added:?}");
+    assert!(added.stderr.contains("added 'd' (288 B)") && added.stderr.contains("/link' keeps it"), "{added:?}");
+    house.words("nix-store", "--add d").prints(&added.stdout);
+
+    let told = house.words("larder", "path-info -S link");
+    assert!(told.stdout.starts_with(&format!("{path}\n  size        288 B\n  closure     288 B\n")), "{told:?}");
+    let json = house.words("larder", "path-info --all --json");
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    let hash = house.words("nix-hash", "--type sha256 --sri d");
+    assert_eq!(json[path]["narHash"], hash.stdout.trim_end());
+    assert_eq!(json[path]["narSize"], 288);
+
+    house.words("larder", "closure link").prints(&added.stdout);
+    house.words("larder", "closure --json link").prints(&format!("[\n  \"{path}\"\n]\n"));
+    let usage = house.words("larder", "du");
+    assert_eq!(usage.stdout, format!("     closure     only here  path\n       288 B         288 B  {path}\n"));
+
+    house.words("larder", "add --name other --mode flat --hash sha1 d").fails("reading from file: Is a directory");
+    house.words("larder", "add --name other d d").fails("a name or a root can be given for one file only, not for 2");
+    house.words("larder", "path-info /").fails("path '/' is not in the Nix store");
+    let nope = house.work().join("nope");
+    let error = format!("getting status of '{}': No such file or directory", nope.display());
+    house.words("larder", "add nope").fails(&error);
+
+    assert_eq!(house.words("larder", "verify -c").status, Some(0));
+    std::fs::write(Path::new(path).join("x"), "jello\n").unwrap();
+    let damaged = house.words("larder", "verify -c");
+    assert!(damaged.status == Some(1) && damaged.stderr.contains("was modified!"), "{damaged:?}");
+    let one = house.words("larder", "verify --json link");
+    assert_eq!(one.stdout, format!("[\n  {{\n    \"path\": \"{path}\",\n    \"good\": false\n  }}\n]\n"));
+}
+
+/// What a closure takes, and what of it nothing else needs.
+#[test]
+fn space_is_told_apart() {
+    let house = House::new();
+    let path = |digit: &str, name: &str| format!("{}/store/{}-{name}", house.path().display(), digit.repeat(32));
+    let (a, b, c) = (path("0", "a"), path("1", "b"), path("2", "c"));
+    let record = |path: &str, bytes: u64, references: &[&str]| {
+        let mut lines = vec![path.to_owned(), "0".repeat(64), bytes.to_string(), String::new()];
+        lines.push(references.len().to_string());
+        lines.extend(references.iter().map(|reference| (*reference).to_owned()));
+        lines.join("\n") + "\n"
+    };
+    // Both a and b need c; a also refers to itself.
+    let text = record(&c, 1000, &[]) + &record(&a, 10, &[&a, &c]) + &record(&b, 200, &[&c]);
+    assert_eq!(house.feed("nix-store", "--load-db", text.as_bytes()).status, Some(0));
+    let rows = house.words("larder", &format!("du --json {a} {b}"));
+    let rows: serde_json::Value = serde_json::from_str(&rows.stdout).unwrap();
+    let sizes = |row: &serde_json::Value| (row["path"].clone(), row["closureSize"].clone(), row["ownSize"].clone());
+    assert_eq!(sizes(&rows[0]), (b.clone().into(), 1200.into(), 200.into()));
+    assert_eq!(sizes(&rows[1]), (a.clone().into(), 1010.into(), 10.into()));
+    // Alone, it needs all of it.
+    let rows = house.words("larder", &format!("du --json -n 1 {a}"));
+    let rows: serde_json::Value = serde_json::from_str(&rows.stdout).unwrap();
+    assert_eq!(sizes(&rows[0]), (a.clone().into(), 1010.into(), 1010.into()));
+    // Referrers stand in the place of references.
+    let tree = house.words("larder", &format!("closure --referrers --format tree {c}"));
+    tree.prints(&format!("{c}\n├───{a}\n└───{b}\n"));
 }

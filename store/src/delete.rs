@@ -64,6 +64,11 @@ impl LocalStore {
         Ok(roots)
     }
 
+    /// All roots whose paths are valid, in the order of their links.
+    pub fn all_roots(&self) -> Result<Vec<Root>, StoreError> {
+        Ok(self.roots()?.roots)
+    }
+
     /// All roots: links, files, temporary ones, and what running programs use.
     fn roots(&self) -> Result<Found, StoreError> {
         let stale = if self.ledger().is_ok() { StaleLinks::Remove } else { StaleLinks::Keep };

@@ -57,6 +57,8 @@ pub enum StoreError {
     #[error(transparent)]
     Db(DbError),
     #[error(transparent)]
+    AddRoot(#[from] larder_gc::add_root::AddRootError),
+    #[error(transparent)]
     Layout(#[from] LayoutError),
     #[error(transparent)]
     File(#[from] FileError),

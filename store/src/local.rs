@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use larder_core::derivation::modulo::Memo;
@@ -176,6 +177,12 @@ impl LocalStore {
     /// Protects paths from collectors until this process ends.
     pub fn add_temp_roots<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) -> Result<(), StoreError> {
         Ok(self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone())).add_all(paths)?)
+    }
+
+    /// Makes a link that keeps a path from being collected; gives it as it was made.
+    pub fn add_permanent_root(&self, path: &StorePath, link: &Path) -> Result<PathBuf, StoreError> {
+        let temp_roots = self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone()));
+        Ok(larder_gc::add_root::add_permanent(&self.layout, temp_roots, path, link)?)
     }
 
     /// Asks the ledger; everything `f` asks is answered from one moment. `f` must be quick.

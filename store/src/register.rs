@@ -1,6 +1,6 @@
 //! Registration texts, and what is registered without coming in as a stream.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::io::{Read, Write};
 
@@ -188,20 +188,21 @@ impl LocalStore {
         self.register(batch)
     }
 
-    /// Takes the registrations of real Nix over, from its own ledger.
-    pub fn adopt(&self) -> Result<Adopted, StoreError> {
+    /// Takes the registrations of real Nix over, from its own ledger; a dry run only counts them.
+    pub fn adopt(&self, dry_run: bool) -> Result<Adopted, StoreError> {
         let ledger = ForeignLedger::find(&self.layout().db())
             .ok_or_else(|| StoreError::NothingToAdopt { state: self.layout().state.clone() })?;
         let fingerprint = ledger.fingerprint()?;
-        let infos = ledger.read_all(self.dir())?;
-        let adopted = self.adopt_infos(infos)?;
-        // If it changed meanwhile, the fingerprint is an old one and the next look is a full one.
-        self.mark_adopted(&fingerprint)?;
+        let adopted = self.adopt_infos(&ledger.read_all(self.dir())?, dry_run)?;
+        if !dry_run {
+            // If it changed meanwhile, the fingerprint is an old one and the next look is a full one.
+            self.mark_adopted(&fingerprint)?;
+        }
         Ok(adopted)
     }
 
     /// Takes over what a `nix-store --dump-db` printed.
-    pub fn adopt_dump(&self, source: impl Read) -> Result<Adopted, StoreError> {
+    pub fn adopt_dump(&self, source: impl Read, dry_run: bool) -> Result<Adopted, StoreError> {
         let mut infos = Vec::new();
         let now = now_s();
         records(source, &mut Parser::new(self.dir(), Form::WithHash), &mut |record| {
@@ -214,28 +215,12 @@ impl LocalStore {
             infos.push(info);
             Ok(())
         })?;
-        self.adopt_infos(infos)
+        self.adopt_infos(&infos, dry_run)
     }
 
-    fn adopt_infos(&self, infos: Vec<PathInfo>) -> Result<Adopted, StoreError> {
+    fn adopt_infos(&self, infos: &[PathInfo], dry_run: bool) -> Result<Adopted, StoreError> {
         let registered = infos.len() as u64;
-        // A path without files is not taken, and neither is what refers to it.
-        let mut gone: std::collections::BTreeSet<StorePath> = infos
-            .iter()
-            .filter(|info| std::fs::symlink_metadata(self.layout().real_path(&info.path)).is_err())
-            .map(|info| info.path.clone())
-            .collect();
-        loop {
-            let before = gone.len();
-            for info in &infos {
-                if !gone.contains(&info.path) && info.references.iter().any(|path| gone.contains(path)) {
-                    gone.insert(info.path.clone());
-                }
-            }
-            if gone.len() == before {
-                break;
-            }
-        }
+        let gone = self.not_whole(infos);
         for path in &gone {
             self.reporter().message(
                 Level::Warn,
@@ -267,7 +252,28 @@ impl LocalStore {
             batch.push_info(info, &outputs)?;
             new += 1;
         }
-        self.register(batch)?;
+        if !dry_run {
+            self.register(batch)?;
+        }
         Ok(Adopted { registered, new, missing: gone.len() as u64 })
+    }
+
+    /// Those without files, and whatever refers to them, directly or not.
+    fn not_whole(&self, infos: &[PathInfo]) -> BTreeSet<StorePath> {
+        let mut referrers: BTreeMap<&StorePath, Vec<&StorePath>> = BTreeMap::new();
+        for info in infos {
+            for reference in &info.references {
+                referrers.entry(reference).or_default().push(&info.path);
+            }
+        }
+        let missing = |path: &StorePath| std::fs::symlink_metadata(self.layout().real_path(path)).is_err();
+        let mut gone = BTreeSet::new();
+        let mut next: Vec<&StorePath> = infos.iter().map(|info| &info.path).filter(|path| missing(path)).collect();
+        while let Some(path) = next.pop() {
+            if gone.insert(path.clone()) {
+                next.extend(referrers.get(path).into_iter().flatten());
+            }
+        }
+        gone
     }
 }

@@ -1,5 +1,7 @@
 //! `larder`: the same store for people, with words instead of flags and JSON where output is data.
 
+mod asking;
+mod changing;
 mod links;
 
 use std::ffi::OsString;
@@ -219,7 +221,7 @@ pub struct Links {
 
 #[derive(Debug, Args)]
 pub struct Adopt {
-    /// Records to read, as written by `nix-store --dump-db`, instead of asking the nix-store in PATH
+    /// Records to read, as written by `nix-store --dump-db`, instead of the ledger of real Nix
     #[arg(long, value_name = "FILE")]
     pub from: Option<PathBuf>,
     /// Only tell what would be done
@@ -250,8 +252,6 @@ pub enum LarderError {
     Man { dir: PathBuf, source: io::Error },
     #[error("cannot write the manual page")]
     ManPage(#[source] io::Error),
-    #[error("this build of Larder cannot do that yet: it has no store")]
-    NoStore,
 }
 
 impl Global {
@@ -323,7 +323,12 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Restore(args) => {
             restore_from(args.path.as_os_str(), restore_options(&settings), args.input.as_deref(), &cx.interrupt)?;
         }
-        _ => return Err(LarderError::NoStore.into()),
+        Command::Add(args) => changing::add(cx, &settings, &args)?,
+        Command::PathInfo(args) => asking::path_info(cx, &settings, &args)?,
+        Command::Closure(args) => asking::print_closure(cx, &settings, &args)?,
+        Command::Du(args) => asking::disk_usage(cx, &settings, &args)?,
+        Command::Verify(args) => return changing::verify(cx, &settings, &args),
+        Command::Adopt(args) => changing::adopt(cx, &settings, &args)?,
     }
     Ok(Status::SUCCESS)
 }

@@ -106,6 +106,11 @@ fn print(text: &str) -> Result<(), PrintError> {
     printer.finish()
 }
 
+/// Prints a value, for people indented.
+fn print_json(value: &serde_json::Value) -> Result<(), Failure> {
+    Ok(print(&format!("{value:#}\n"))?)
+}
+
 /// What `--version` prints: which Nix it can stand for, and what it is.
 fn version(name: &str) -> String {
     format!("{name} (Nix) {NIX_VERSION}\nlarder {}\n", env!("CARGO_PKG_VERSION"))

@@ -4,7 +4,7 @@
 //! [`args::nix_store`](crate::args::nix_store).
 
 mod keys;
-mod query;
+pub(super) mod query;
 pub(super) mod store;
 
 use std::ffi::OsString;

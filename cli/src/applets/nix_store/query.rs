@@ -230,9 +230,11 @@ impl Asked<'_> {
 }
 
 /// The closure of some paths as it was at one moment.
-struct Snapshot<'s> {
+pub(in crate::applets) struct Snapshot<'s> {
     store: &'s LocalStore,
     graph: Graph,
+    /// Are referrers shown in the place of references?
+    backward: bool,
 }
 
 impl<'s> Snapshot<'s> {
@@ -247,7 +249,11 @@ impl<'s> Snapshot<'s> {
             }
             Ok(Some(closure_of(txn, &valid, Walk::REFERENCES)?))
         })?;
-        Ok(Self { store, graph: graph.unwrap_or_default() })
+        Ok(Self::new(store, graph.unwrap_or_default(), false))
+    }
+
+    pub(in crate::applets) fn new(store: &'s LocalStore, graph: Graph, backward: bool) -> Self {
+        Self { store, graph, backward }
     }
 
     fn node(&self, path: &StorePath) -> Result<larder_store_db::Node, Failure> {
@@ -257,7 +263,11 @@ impl<'s> Snapshot<'s> {
 
 impl Nodes for Snapshot<'_> {
     fn references(&mut self, path: &StorePath) -> Result<Rc<[StorePath]>, Failure> {
-        Ok(self.graph.references(self.node(path)?).map(|node| self.graph.path(node)).collect())
+        let node = self.node(path)?;
+        if self.backward {
+            return Ok(self.graph.referrers(node).map(|node| self.graph.path(node)).collect());
+        }
+        Ok(self.graph.references(node).map(|node| self.graph.path(node)).collect())
     }
 
     fn nar_size_bytes(&mut self, path: &StorePath) -> Result<u64, Failure> {

@@ -1,0 +1,159 @@
+//! `larder add`, `verify` and `adopt`.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use indicatif::HumanBytes;
+use larder_core::content_address::Method;
+use larder_core::hash::Algorithm;
+use larder_core::report::{Level, Reporter as _};
+use larder_core::settings::Settings;
+use larder_core::store_path::Name;
+use larder_fs::layout::Access;
+use larder_store::ingest::ContentAddressed;
+use larder_store::verify::VerifyOptions;
+use serde_json::json;
+
+use super::asking::paths;
+use super::{Add, AddMode, Adopt, Verify};
+use crate::applets::nix_store::store::{object_name, open};
+use crate::applets::{Context, print_json};
+use crate::exit::{Failure, Status};
+use crate::paths::absolute;
+use crate::printer::{Output, Printer};
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+enum ChangeError {
+    #[error("a name or a root can be given for one file only, not for {count}")]
+    OneOnly { count: usize },
+    #[error("cannot open '{}'", path.display())]
+    Open { path: PathBuf, source: io::Error },
+}
+
+/// `larder add`.
+pub(super) fn add(cx: &Context, settings: &Settings, args: &Add) -> Result<(), Failure> {
+    let algorithm: Algorithm = args.hash.parse()?;
+    let method = match args.mode {
+        AddMode::Nar => Method::Recursive,
+        AddMode::Flat => Method::Flat,
+    };
+    if args.files.len() > 1 && (args.name.is_some() || args.root.is_some()) {
+        return Err(ChangeError::OneOnly { count: args.files.len() }.into());
+    }
+    let store = open(cx, settings, Access::ReadWrite)?;
+    let mut arrivals = store.arrivals();
+    let mut added = Vec::new();
+    for file in &args.files {
+        let name = match &args.name {
+            Some(name) => Name::new(name)?,
+            None => object_name(file.as_os_str())?,
+        };
+        let source = absolute_path(file)?;
+        added.push((file, arrivals.add(&source, &ContentAddressed { name, method, algorithm })?));
+    }
+    arrivals.commit()?;
+    let mut roots = Vec::new();
+    if let (Some(link), [(_, path)]) = (&args.root, added.as_slice()) {
+        roots.push(store.add_permanent_root(path, &absolute_path(link)?)?);
+    }
+    if args.json.json {
+        let mut rows = Vec::new();
+        for (file, path) in &added {
+            let info = store.info(path)?;
+            rows.push(json!({
+                "file": file.display().to_string(),
+                "path": store.dir().full(path),
+                "narHash": info.nar_hash.to_hash().encode(larder_core::hash::Encoding::Sri),
+                "narSize": info.nar_size_bytes,
+                "root": roots.first().map(|link| link.display().to_string()),
+            }));
+        }
+        return print_json(&json!(rows));
+    }
+    let mut out = Printer::new(Output::Listing);
+    for (file, path) in &added {
+        out.line(store.dir().display(path))?;
+        let size = HumanBytes(store.info(path)?.nar_size_bytes);
+        let real = store.layout().real_path(path);
+        let lies = if real.as_os_str() == store.dir().full(path).as_str() {
+            String::new()
+        } else {
+            format!("; its files are in '{}'", real.display())
+        };
+        cx.terminal.message(Level::Notice, format_args!("added '{}' ({size}){lies}", file.display()));
+    }
+    for link in roots {
+        cx.terminal.message(Level::Notice, format_args!("'{}' keeps it from being collected", link.display()));
+    }
+    Ok(out.finish()?)
+}
+
+fn absolute_path(path: &Path) -> Result<PathBuf, Failure> {
+    Ok(std::ffi::OsStr::from_bytes(&absolute(path.as_os_str())?).into())
+}
+
+/// `larder verify`.
+pub(super) fn verify(cx: &Context, settings: &Settings, args: &Verify) -> Result<Status, Failure> {
+    if args.paths.is_empty() {
+        let store = open(cx, settings, Access::ReadWrite)?;
+        let verified = store.verify(VerifyOptions { check_contents: args.contents, repair: args.repair })?;
+        if args.json.json {
+            let gone: Vec<String> = verified.disappeared.iter().map(|path| store.dir().full(path)).collect();
+            print_json(&json!({ "errors": verified.errors, "disappeared": gone }))?;
+        } else if verified.errors == 0 {
+            let count = store.read(|txn| Ok(txn.count()?))?;
+            let what = if args.contents { "and their contents are" } else { "are" };
+            cx.terminal.message(Level::Notice, format_args!("{count} paths {what} as recorded"));
+        } else {
+            cx.terminal.message(Level::Notice, format_args!("{} faults remain", verified.errors));
+        }
+        return Ok(if verified.errors == 0 { Status::SUCCESS } else { Status::FAILURE });
+    }
+    let store = open(cx, settings, Access::ReadOnly)?;
+    let mut rows = Vec::new();
+    let mut status = Status::SUCCESS;
+    for path in paths(store.dir(), &args.paths)? {
+        let good = store.verify_path(&path)?;
+        if !good {
+            status = Status::FAILURE;
+        }
+        rows.push(json!({ "path": store.dir().full(&path), "good": good }));
+    }
+    if args.json.json {
+        print_json(&json!(rows))?;
+    }
+    Ok(status)
+}
+
+/// `larder adopt`.
+pub(super) fn adopt(cx: &Context, settings: &Settings, args: &Adopt) -> Result<(), Failure> {
+    let access = if args.dry_run { Access::ReadOnly } else { Access::ReadWrite };
+    let store = open(cx, settings, access)?;
+    let adopted = match &args.from {
+        Some(path) => {
+            let file = File::open(path).map_err(|source| ChangeError::Open { path: path.clone(), source })?;
+            store.adopt_dump(file, args.dry_run)?
+        }
+        None => store.adopt(args.dry_run)?,
+    };
+    if args.json.json {
+        return print_json(&json!({
+            "registered": adopted.registered,
+            "new": adopted.new,
+            "missing": adopted.missing,
+            "dryRun": args.dry_run,
+        }));
+    }
+    let mut out = Printer::new(Output::Listing);
+    out.line(format_args!(
+        "{} {} of {} registrations{}",
+        if args.dry_run { "would take over" } else { "took over" },
+        adopted.new,
+        adopted.registered,
+        if adopted.missing > 0 { format!("; {} were left out", adopted.missing) } else { String::new() },
+    ))?;
+    Ok(out.finish()?)
+}
