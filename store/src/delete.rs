@@ -70,7 +70,7 @@ impl LocalStore {
     }
 
     /// All roots: links, files, temporary ones, and what running programs use.
-    fn roots(&self) -> Result<Found, StoreError> {
+    pub(crate) fn roots(&self) -> Result<Found, StoreError> {
         let stale = if self.ledger().is_ok() { StaleLinks::Remove } else { StaleLinks::Keep };
         let mut valid = |path: &StorePath| self.is_valid(path).map_err(Box::new);
         let found = roots::find(self.layout(), stale, &mut valid, self.reporter());

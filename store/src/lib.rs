@@ -4,12 +4,14 @@
 //! says; objects are real entries of the store directory (`larder-fs`).
 
 pub mod adoption;
+mod api;
 pub mod delete;
 mod derivations;
 pub mod error;
 pub mod foreign;
 pub mod ingest;
 pub mod local;
+mod receive;
 pub mod register;
 pub mod sqlite;
 mod transfer;
