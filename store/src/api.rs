@@ -5,6 +5,7 @@ use std::io::Write;
 
 use larder_core::api::{ReadStore, RootLink, StoreError as ApiError};
 use larder_core::derivation::OutputName;
+use larder_core::derivation::aterm::Mask;
 use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
 use larder_core::realisation::{DrvOutput, Realisation};
@@ -52,9 +53,10 @@ impl ReadStore for LocalStore {
     fn derivation_outputs(&self, drv: &StorePath) -> Result<BTreeMap<OutputName, Option<StorePath>>, ApiError> {
         let mut known = self.derivation_outputs(drv)?;
         let drv = self.derivation(drv)?;
-        let outputs = drv.outputs.iter().map(|(name, output)| {
-            (name.clone(), output.path().cloned().or_else(|| known.remove(name.as_str())))
-        });
+        let outputs = drv
+            .outputs
+            .iter()
+            .map(|(name, output)| (name.clone(), output.path().cloned().or_else(|| known.remove(name.as_str()))));
         Ok(outputs.collect())
     }
 
@@ -84,6 +86,14 @@ impl ReadStore for LocalStore {
 }
 
 impl LocalStore {
+    /// What the ids of a derivation's outputs begin with.
+    pub fn output_ids(&self, path: &StorePath) -> Result<larder_core::hash::Sha256Digest, StoreError> {
+        let drv = self.derivation(path)?;
+        let mut memo = self.derivations.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let modulo = memo.modulo(self.dir(), &drv, Mask::On, |input| self.derivation(input).map_err(Box::new));
+        Ok(modulo.map_err(Box::new)?.digest)
+    }
+
     /// All roots, as clients are told of them.
     pub fn root_links(&self) -> Result<Vec<RootLink>, StoreError> {
         let links = self.roots()?.roots.into_iter().map(|root| RootLink {

@@ -108,6 +108,8 @@ pub enum StoreError {
     CannotReplace { path: String },
     #[error(transparent)]
     Nar(#[from] larder_core::nar::NarError),
+    #[error(transparent)]
+    Modulo(#[from] Box<ModuloError<Box<StoreError>>>),
     /// What the caller of a stream had to say.
     #[error(transparent)]
     Api(#[from] larder_core::api::StoreError),

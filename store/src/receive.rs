@@ -121,6 +121,15 @@ impl AddressCheck {
     }
 }
 
+/// What was taken from a source of objects.
+enum Took<'s> {
+    /// Whole, and to be sealed.
+    Object(Incoming<'s>, PathInfo),
+    /// It is valid already.
+    Valid,
+    End,
+}
+
 impl LocalStore {
     /// Adds an object under the path that follows from its contents; gives its record.
     ///
@@ -240,8 +249,9 @@ impl LocalStore {
         let mut waiting: Vec<(Incoming<'_>, PathInfo)> = Vec::new();
         let outcome = loop {
             match self.take_object(source, options, &mut check) {
-                Ok(Some(object)) => waiting.extend(object),
-                Ok(None) => break Ok(()),
+                Ok(Took::Object(incoming, info)) => waiting.push((incoming, info)),
+                Ok(Took::Valid) => {}
+                Ok(Took::End) => break Ok(()),
                 Err(error) => break Err(error),
             }
             if waiting.len() >= GROUP {
@@ -259,20 +269,19 @@ impl LocalStore {
         outcome
     }
 
-    /// Takes one object, which may be valid already; `None` at the end.
-    #[expect(clippy::type_complexity, reason = "two sorts of nothing: no more objects, and nothing to add")]
+    /// Takes one object.
     fn take_object(
         &self,
         source: &mut dyn NarSource,
         options: AddOptions,
         check: &mut dyn FnMut(&PathInfo) -> Result<(), StoreError>,
-    ) -> Result<Option<Option<(Incoming<'_>, PathInfo)>>, StoreError> {
-        let Some(info) = source.next_object()? else { return Ok(None) };
+    ) -> Result<Took<'_>, StoreError> {
+        let Some(info) = source.next_object()? else { return Ok(Took::End) };
         let path = || self.dir().full(&info.path);
         self.add_temp_roots([&info.path])?;
         if self.is_valid(&info.path)? {
             self.check_repair(options.repair, &info.path)?;
-            return Ok(Some(None));
+            return Ok(Took::Valid);
         }
         check(&info)?;
         let mut address = info.content_address.as_ref().map(|ca| AddressCheck::new(&info, ca)).transpose()?;
@@ -301,7 +310,7 @@ impl LocalStore {
             return Err(StoreError::ImportAddress { path: path(), address: address.clone() });
         }
         let info = PathInfo { nar_size_bytes: incoming.nar_size_bytes, ..info };
-        Ok(Some(Some((incoming, info))))
+        Ok(Took::Object(incoming, info))
     }
 
     /// Adds signatures to the record of a valid path.

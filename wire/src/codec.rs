@@ -183,7 +183,7 @@ impl Allowance {
     }
 
     /// Before so many bytes are allocated.
-    fn charge(&mut self, bytes: usize) -> Result<(), WireError> {
+    pub(crate) fn charge(&mut self, bytes: usize) -> Result<(), WireError> {
         self.used = self.used.saturating_add(bytes);
         if self.used > MAX_REQUEST {
             return Err(WireError::LargeRequest);

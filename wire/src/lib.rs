@@ -8,6 +8,8 @@
 pub mod codec;
 pub mod serve;
 pub mod stream;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod value;
 pub mod worker;
 

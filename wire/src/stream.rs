@@ -15,6 +15,8 @@ pub struct Framed<'a> {
     /// Bytes left of the current frame.
     left: u64,
     done: bool,
+    /// Was there a length that cannot be one, so that nobody knows where the frames end?
+    broken: bool,
 }
 
 /// No frame is longer; others read the length as 32 bits.
@@ -22,11 +24,14 @@ const MAX_FRAME: u64 = 1 << 31;
 
 impl<'a> Framed<'a> {
     pub const fn new(input: &'a mut dyn BufRead) -> Self {
-        Self { input, left: 0, done: false }
+        Self { input, left: 0, done: false, broken: false }
     }
 
     /// Makes sure that `left` bytes are to come, unless all is over.
     fn advance(&mut self) -> io::Result<()> {
+        if self.broken {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         if self.left == 0 && !self.done {
             let mut word = [0; 8];
             self.input.read_exact(&mut word)?;
@@ -34,7 +39,7 @@ impl<'a> Framed<'a> {
             self.done = self.left == 0;
             if self.left > MAX_FRAME {
                 let found = std::mem::take(&mut self.left);
-                self.done = true;
+                self.broken = true;
                 return Err(WireError::Integer { found, kind: 'j' }.into_io());
             }
         }

@@ -136,7 +136,7 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Optimise => return Err(StoreOpError::NotYet { what: "cannot link duplicates" }.into()),
         Command::RepairPath { .. } => return Err(StoreOpError::NotYet { what: "cannot repair paths" }.into()),
         Command::ReadLog { .. } => return Err(StoreOpError::NotYet { what: "cannot read build logs" }.into()),
-        Command::Serve { .. } => return Err(StoreOpError::NotYet { what: "cannot serve the store" }.into()),
+        Command::Serve { write } => store::serve(cx, settings, write)?,
     }
     Ok(Status::SUCCESS)
 }

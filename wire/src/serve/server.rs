@@ -17,7 +17,9 @@ use crate::codec::{Budget, Encoder, Protocol, WireError};
 use crate::value::{One, Wire as _};
 
 /// A store that takes the options of a client's builds.
-pub trait Session: Store {
+pub trait Session {
+    fn store(&self) -> &dyn Store;
+
     /// For the builds that follow.
     fn configure_builds(&mut self, options: &BuildOptions);
 }
@@ -46,7 +48,7 @@ pub fn serve(
     session: &mut dyn Session,
     may_write: bool,
 ) -> Result<(), ServeError> {
-    let dir = session.dir().clone();
+    let dir = session.store().dir().clone();
     let minor = accept(input, output, &dir)?;
     let budget = Budget::unlimited();
     while !input.fill_buf().map_err(WireError::from)?.is_empty() {
@@ -75,7 +77,7 @@ impl Turn<'_> {
     /// Sends the reply to a command, which has the type that belongs to it.
     fn reply<C: Command>(&mut self, _: &C, reply: &C::Reply) -> Result<(), ServeError> {
         let mut out = Vec::new();
-        reply.write(&mut Encoder::new(&mut out, self.session.dir(), Protocol::Serve(self.minor)));
+        reply.write(&mut Encoder::new(&mut out, self.session.store().dir(), Protocol::Serve(self.minor)));
         Ok(self.output.write_all(&out).map_err(WireError::Write)?)
     }
 
@@ -83,9 +85,9 @@ impl Turn<'_> {
         match request {
             Request::QueryValidPaths(r) => {
                 if r.lock && self.may_write {
-                    self.session.add_temp_roots(&r.paths)?;
+                    self.session.store().add_temp_roots(&r.paths)?;
                 }
-                let mut valid = self.session.valid_subset(&r.paths)?;
+                let mut valid = self.session.store().valid_subset(&r.paths)?;
                 if r.substitute && self.may_write {
                     let missing: Vec<_> = r
                         .paths
@@ -94,8 +96,8 @@ impl Turn<'_> {
                         .map(|path| larder_core::api::DerivedPath::Opaque(path.clone()))
                         .collect();
                     if !missing.is_empty() {
-                        self.session.build(&missing, BuildMode::Normal)?;
-                        valid = self.session.valid_subset(&r.paths)?;
+                        self.session.store().build(&missing, BuildMode::Normal)?;
+                        valid = self.session.store().valid_subset(&r.paths)?;
                     }
                 }
                 self.reply(&r, &valid)
@@ -103,52 +105,52 @@ impl Turn<'_> {
             Request::QueryPathInfos(r) => {
                 let mut found = Vec::new();
                 for path in &r.paths {
-                    found.extend(self.session.info(path)?.map(Record::new));
+                    found.extend(self.session.store().info(path)?.map(Record::new));
                 }
                 self.reply(&r, &Infos(found))
             }
             Request::DumpStorePath(r) => {
-                if self.session.info(&r.path)?.is_none() {
-                    return Err(StoreError::not_valid(self.session.dir(), &r.path).into());
+                if self.session.store().info(&r.path)?.is_none() {
+                    return Err(StoreError::not_valid(self.session.store().dir(), &r.path).into());
                 }
-                Ok(self.session.nar(&r.path, self.output)?)
+                Ok(self.session.store().nar(&r.path, self.output)?)
             }
             Request::ImportPaths(r) => {
                 self.need_write("importing paths")?;
-                self.session.import(input)?;
+                self.session.store().import(input)?;
                 self.reply(&r, &One)
             }
             Request::ExportPaths(r) => self.export(&r.paths),
             Request::BuildPaths(r) => {
                 self.need_write("building paths")?;
                 self.configure(&r.options)?;
-                let outcome = self
-                    .session
-                    .build(&r.targets, BuildMode::Normal)
-                    .and_then(|results| crate::worker::server::whole(self.session.dir(), &r.targets, results));
+                let outcome =
+                    self.session.store().build(&r.targets, BuildMode::Normal).and_then(|results| {
+                        crate::worker::server::whole(self.session.store().dir(), &r.targets, results)
+                    });
                 let outcome = outcome.map_err(|error| (error.status().into(), larder_core::report::chain(&error)));
                 self.reply(&r, &BuildOutcome(outcome))
             }
             Request::QueryClosure(r) => {
-                let closure = self.session.closure(&r.paths, r.include_outputs)?;
+                let closure = self.session.store().closure(&r.paths, r.include_outputs)?;
                 self.reply(&r, &closure)
             }
             Request::BuildDerivation(r) => {
                 self.need_write("building paths")?;
                 self.configure(&r.options)?;
                 let path = &r.derivation.path;
-                let result = self.session.build_derivation(path, &r.derivation.drv, BuildMode::Normal)?;
+                let result = self.session.store().build_derivation(path, &r.derivation.drv, BuildMode::Normal)?;
                 self.reply(&r, &result)
             }
             Request::AddToStoreNar(r) => {
                 self.need_write("importing paths")?;
                 let info = r.info.0.clone();
                 if info.nar_size_bytes == 0 {
-                    return Err(ServeError::NoSize { path: self.session.dir().full(&info.path) });
+                    return Err(ServeError::NoSize { path: self.session.store().dir().full(&info.path) });
                 }
                 let size_bytes = info.nar_size_bytes;
                 let mut source = Measured { info: Some(info), source: input.take(size_bytes) };
-                self.session.add_nars(&mut source, AddOptions::default())?;
+                self.session.store().add_nars(&mut source, AddOptions::default())?;
                 io::copy(&mut source.source, &mut io::sink()).map_err(WireError::from)?;
                 self.reply(&r, &One)
             }
@@ -166,25 +168,25 @@ impl Turn<'_> {
     /// Writes an export stream, references before referrers.
     fn export(&mut self, paths: &BTreeSet<StorePath>) -> Result<(), ServeError> {
         if self.may_write {
-            self.session.add_temp_roots(paths)?;
+            self.session.store().add_temp_roots(paths)?;
         }
         let mut infos: HashMap<StorePath, PathInfo> = HashMap::new();
         for path in paths {
-            let info = self.session.info(path)?;
-            let info = info.ok_or_else(|| StoreError::not_valid(self.session.dir(), path))?;
+            let info = self.session.store().info(path)?;
+            let info = info.ok_or_else(|| StoreError::not_valid(self.session.store().dir(), path))?;
             infos.insert(path.clone(), info);
         }
         let mut framing = Vec::new();
-        for path in self.session.sorted(paths)? {
+        for path in self.session.store().sorted(paths)? {
             let Some(info) = infos.get(&path) else { continue };
             framing.clear();
             write_lead(&mut framing, Next::Object);
             self.output.write_all(&framing).map_err(WireError::Write)?;
-            self.session.nar(&path, self.output)?;
+            self.session.store().nar(&path, self.output)?;
             framing.clear();
             let references = info.references.iter().map(Into::into);
             let deriver = info.deriver.as_ref().map(Into::into);
-            write_trailer(&mut framing, self.session.dir(), (&path).into(), references, deriver);
+            write_trailer(&mut framing, self.session.store().dir(), (&path).into(), references, deriver);
             self.output.write_all(&framing).map_err(WireError::Write)?;
         }
         framing.clear();

@@ -4,6 +4,8 @@
 //! [`Session`]. Source: protocols, sections 2.6 to 2.8.
 
 mod data;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -38,7 +40,9 @@ use crate::stream::{BareNar, Framed};
 use crate::value::{FilePath, Info, KeyedResult, One, Wire as _};
 
 /// A store for one connection.
-pub trait Session: Store {
+pub trait Session {
+    fn store(&self) -> &dyn Store;
+
     /// Heeds the settings that a client asks for, as far as it may set them. What it may not set
     /// is told to it, and is no error.
     fn configure(&mut self, wishes: &SetOptions, trusted: bool);
@@ -137,7 +141,7 @@ impl From<StoreError> for Failure {
 
 /// What goes to the client after the messages.
 enum Reply {
-    Bytes(Vec<u8>),
+    Bytes(Vec<u8>, Allowance),
     /// The NAR of this path.
     Nar(StorePath),
 }
@@ -159,7 +163,10 @@ impl Connection<'_> {
     fn run(&mut self, input: &mut dyn BufRead) -> Result<(), WireError> {
         loop {
             // Between requests a client may rest for as long as it likes, and may leave.
-            if input.fill_buf()?.is_empty() {
+            self.tunnel.line().set_resting(true);
+            let ended = input.fill_buf()?.is_empty();
+            self.tunnel.line().set_resting(false);
+            if ended {
                 return Ok(());
             }
             self.tunnel.line().set_deadline(Some(self.options.request_timeout));
@@ -173,11 +180,11 @@ impl Connection<'_> {
                 Err(error) => Err(Failure::Broken(error)),
             };
             let sent = match outcome {
-                Ok(Reply::Bytes(reply)) => self.tunnel.reply(&reply),
+                Ok(Reply::Bytes(reply, _allowance)) => self.tunnel.reply(&reply),
                 Ok(Reply::Nar(path)) => {
                     self.tunnel.reply(&[]).map_err(WireError::Write)?;
                     // An error from here on can only be told by hanging up.
-                    let written = self.session.nar(&path, &mut self.tunnel.raw());
+                    let written = self.session.store().nar(&path, &mut self.tunnel.raw());
                     written.map_err(|error| WireError::Write(std::io::Error::other(error)))?;
                     self.tunnel.raw().flush()
                 }
@@ -205,11 +212,13 @@ impl Connection<'_> {
     }
 
     /// The reply to an operation, which has the type that belongs to it.
-    #[expect(clippy::unnecessary_wraps, reason = "each arm of the table ends with it")]
     fn reply<O: Operation>(&self, _: &O, reply: &O::Reply) -> Result<Reply, Failure> {
         let mut out = Vec::new();
         reply.write(&mut Encoder::new(&mut out, self.host.dir(), self.protocol));
-        Ok(Reply::Bytes(out))
+        // It stays in memory until the client has read it, which may be never.
+        let mut allowance = Allowance::new(Arc::clone(&self.options.budget));
+        allowance.charge(out.len()).map_err(Failure::Broken)?;
+        Ok(Reply::Bytes(out, allowance))
     }
 
     /// An error unless the client is trusted.
@@ -224,9 +233,14 @@ impl Connection<'_> {
     ) -> Result<T, Failure> {
         let mut framed = Framed::new(input);
         let outcome = work(&mut framed);
-        match framed.skip() {
-            Ok(()) => outcome,
-            Err(error) => Err(Failure::Broken(error.into())),
+        match (framed.skip(), outcome) {
+            (Ok(()), outcome) => outcome,
+            (Err(error), _) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                Err(Failure::Broken(WireError::UnexpectedEnd))
+            }
+            // What the store has said tells more than that the rest cannot be read either.
+            (Err(_), Err(Failure::Kept(error))) => Err(Failure::Broken(WireError::Read(std::io::Error::other(error)))),
+            (Err(error), _) => Err(Failure::Broken(error.into())),
         }
     }
 
@@ -246,25 +260,25 @@ impl Connection<'_> {
     }
 
     fn root(&self, path: &StorePath) -> Result<(), StoreError> {
-        self.session.add_temp_roots(&BTreeSet::from([path.clone()]))
+        self.session.store().add_temp_roots(&BTreeSet::from([path.clone()]))
     }
 
     fn need_valid(&self, path: &StorePath) -> Result<larder_core::path_info::PathInfo, StoreError> {
-        self.session.info(path)?.ok_or_else(|| StoreError::not_valid(self.host.dir(), path))
+        self.session.store().info(path)?.ok_or_else(|| StoreError::not_valid(self.host.dir(), path))
     }
 
     #[expect(clippy::too_many_lines, reason = "a list of like entries, one for each operation")]
     fn perform(&mut self, request: Request, input: &mut dyn BufRead) -> Result<Reply, Failure> {
         let data = request.data(self.minor);
         match request {
-            Request::IsValidPath(r) => self.reply(&r, &self.session.is_valid(&r.path)?),
+            Request::IsValidPath(r) => self.reply(&r, &self.session.store().is_valid(&r.path)?),
             Request::HasSubstitutes(r) => {
                 let paths = [(r.path.clone(), None)].into();
-                self.reply(&r, &!self.session.substitutable(&paths)?.is_empty())
+                self.reply(&r, &!self.session.store().substitutable(&paths)?.is_empty())
             }
             Request::QueryPathHash(r) => self.reply(&r, &HexHash(self.need_valid(&r.path)?.nar_hash)),
             Request::QueryReferences(r) => self.reply(&r, &self.need_valid(&r.path)?.references),
-            Request::QueryReferrers(r) => self.reply(&r, &self.session.referrers(&r.path)?),
+            Request::QueryReferrers(r) => self.reply(&r, &self.session.store().referrers(&r.path)?),
             Request::AddToStore(r) => {
                 let new = new_content(&r.what);
                 let info = match data {
@@ -281,18 +295,18 @@ impl Connection<'_> {
                     is_nar: false,
                     repair: false,
                 };
-                let info = self.session.add_content(&new, &mut r.contents.0.as_slice())?;
+                let info = self.session.store().add_content(&new, &mut r.contents.0.as_slice())?;
                 self.reply(&r, &info.path)
             }
             Request::BuildPaths(r) => {
                 self.check_mode(r.mode)?;
-                let results = self.session.build(&r.targets, r.mode)?;
+                let results = self.session.store().build(&r.targets, r.mode)?;
                 whole(self.host.dir(), &r.targets, results)?;
                 self.reply(&r, &One)
             }
             Request::EnsurePath(r) => {
                 let targets = [DerivedPath::Opaque(r.path.clone())];
-                let results = self.session.build(&targets, BuildMode::Normal)?;
+                let results = self.session.store().build(&targets, BuildMode::Normal)?;
                 whole(self.host.dir(), &targets, results)?;
                 self.reply(&r, &One)
             }
@@ -301,12 +315,12 @@ impl Connection<'_> {
                 self.reply(&r, &One)
             }
             Request::AddIndirectRoot(r) => {
-                self.session.add_indirect_root(&absolute(&r.link))?;
+                self.session.store().add_indirect_root(&absolute(&r.link))?;
                 self.reply(&r, &One)
             }
             Request::SyncWithGc(r) => self.reply(&r, &One),
             Request::FindRoots(r) => {
-                let mut roots = self.session.roots()?;
+                let mut roots = self.session.store().roots()?;
                 if !self.options.trusted {
                     for root in roots.iter_mut().filter(|root| root.is_private) {
                         root.link = b"{censored}".to_vec();
@@ -338,13 +352,16 @@ impl Connection<'_> {
                 };
                 // Real servers do nothing at all then.
                 let nothing = r.max_freed_bytes == 0 && r.action != GcAction::DeleteSpecific;
-                let done =
-                    if nothing { Collected::default() } else { self.session.collect(&what, r.max_freed_bytes)? };
+                let done = if nothing {
+                    Collected::default()
+                } else {
+                    self.session.store().collect(&what, r.max_freed_bytes)?
+                };
                 let paths = done.paths.into_iter().map(FilePath).collect();
                 self.reply(&r, &GcReply { paths, bytes_freed: done.bytes_freed })
             }
             Request::QuerySubstitutablePathInfo(r) => {
-                let found = self.session.substitutable(&[(r.path.clone(), None)].into())?.into_iter().next();
+                let found = self.session.store().substitutable(&[(r.path.clone(), None)].into())?.into_iter().next();
                 let found = found.map(|found| NamelessSubstitutable {
                     deriver: found.deriver,
                     references: found.references,
@@ -354,13 +371,16 @@ impl Connection<'_> {
                 self.reply(&r, &OptionalSubstitutable(found))
             }
             Request::QueryDerivationOutputs(r) => {
-                let outputs = self.session.derivation_outputs(&r.drv)?;
+                let outputs = self.session.store().derivation_outputs(&r.drv)?;
                 self.reply(&r, &outputs.into_values().flatten().collect())
             }
-            Request::QueryAllValidPaths(r) => self.reply(&r, &self.session.all_paths()?),
+            Request::QueryAllValidPaths(r) => self.reply(&r, &self.session.store().all_paths()?),
             Request::QueryPathInfo(r) => {
-                let info =
-                    if self.minor < 17 { Some(self.need_valid(&r.path)?) } else { self.session.info(&r.path)? };
+                let info = if self.minor < 17 {
+                    Some(self.need_valid(&r.path)?)
+                } else {
+                    self.session.store().info(&r.path)?
+                };
                 self.reply(&r, &OptionalInfo(info.map(Info::new)))
             }
             Request::ImportPaths(r) => {
@@ -368,20 +388,20 @@ impl Connection<'_> {
                     "importing paths needs signatures, which this format does not carry; you are not a trusted user",
                 )?;
                 let mut pulled = Pulled::new(input, &self.tunnel, self.host.dir());
-                let imported = self.session.import(&mut pulled);
+                let imported = self.session.store().import(&mut pulled);
                 if let Some(error) = pulled.into_failure() {
                     return Err(Failure::Broken(error));
                 }
                 self.reply(&r, &imported?)
             }
             Request::QueryDerivationOutputNames(r) => {
-                self.reply(&r, &self.session.derivation_outputs(&r.drv)?.into_keys().collect())
+                self.reply(&r, &self.session.store().derivation_outputs(&r.drv)?.into_keys().collect())
             }
-            Request::QueryPathFromHashPart(r) => self.reply(&r, &self.session.by_hash_part(r.hash_part)?),
-            Request::QuerySubstitutablePathInfos(r) => self.reply(&r, &self.session.substitutable(&r.paths.0)?),
+            Request::QueryPathFromHashPart(r) => self.reply(&r, &self.session.store().by_hash_part(r.hash_part)?),
+            Request::QuerySubstitutablePathInfos(r) => self.reply(&r, &self.session.store().substitutable(&r.paths.0)?),
             Request::QueryValidPaths(r) => {
-                self.session.add_temp_roots(&r.paths)?;
-                let mut valid = self.session.valid_subset(&r.paths)?;
+                self.session.store().add_temp_roots(&r.paths)?;
+                let mut valid = self.session.store().valid_subset(&r.paths)?;
                 if r.substitute {
                     let missing: Vec<DerivedPath> = r
                         .paths
@@ -390,30 +410,30 @@ impl Connection<'_> {
                         .map(|path| DerivedPath::Opaque(path.clone()))
                         .collect();
                     if !missing.is_empty() {
-                        if let Err(error) = self.session.build(&missing, BuildMode::Normal) {
+                        if let Err(error) = self.session.store().build(&missing, BuildMode::Normal) {
                             let text = larder_core::report::chain(&error);
                             self.tunnel.message(Level::Warn, format_args!("{text}"));
                         }
-                        valid = self.session.valid_subset(&r.paths)?;
+                        valid = self.session.store().valid_subset(&r.paths)?;
                     }
                 }
                 self.reply(&r, &valid)
             }
             Request::QuerySubstitutablePaths(r) => {
                 let wanted = r.paths.iter().map(|path| (path.clone(), None)).collect();
-                let found = self.session.substitutable(&wanted)?;
+                let found = self.session.store().substitutable(&wanted)?;
                 self.reply(&r, &found.into_iter().map(|found| found.path).collect())
             }
-            Request::QueryValidDerivers(r) => self.reply(&r, &self.session.valid_derivers(&r.path)?),
+            Request::QueryValidDerivers(r) => self.reply(&r, &self.session.store().valid_derivers(&r.path)?),
             Request::OptimiseStore(r) => {
-                self.session.optimise()?;
+                self.session.store().optimise()?;
                 self.reply(&r, &One)
             }
             Request::VerifyStore(r) => {
                 if r.repair.0 {
                     self.need_trust("you are not privileged to repair paths")?;
                 }
-                self.reply(&r, &self.session.verify(r.check_contents.0, r.repair.0)?)
+                self.reply(&r, &self.session.store().verify(r.check_contents.0, r.repair.0)?)
             }
             Request::BuildDerivation(r) => {
                 let kind = r.derivation.drv.kind().map_err(|error| StoreError::new(ErrorKind::Other, error))?;
@@ -427,12 +447,12 @@ impl Connection<'_> {
                     let own = r.derivation.drv.path(self.host.dir());
                     path = own.map_err(|error| StoreError::new(ErrorKind::Other, error))?;
                 }
-                let result = self.session.build_derivation(&path, &r.derivation.drv, r.mode)?;
+                let result = self.session.store().build_derivation(&path, &r.derivation.drv, r.mode)?;
                 self.reply(&r, &result)
             }
             Request::AddSignatures(r) => {
                 self.need_valid(&r.path)?;
-                self.session.add_signatures(&r.path, &r.signatures)?;
+                self.session.store().add_signatures(&r.path, &r.signatures)?;
                 self.reply(&r, &One)
             }
             Request::NarFromPath(r) => {
@@ -448,7 +468,7 @@ impl Connection<'_> {
                     if r.repair.0 {
                         self.need_trust("you are not privileged to repair paths")?;
                     }
-                    Ok(self.session.add_nars(&mut OneObject::new(info, source), options)?)
+                    Ok(self.session.store().add_nars(&mut OneObject::new(info, source), options)?)
                 };
                 match data {
                     Data::Framed => Self::with_frames(input, |framed| add(framed))?,
@@ -464,15 +484,15 @@ impl Connection<'_> {
                 }
                 self.reply(&r, &())
             }
-            Request::QueryMissing(r) => self.reply(&r, &self.session.missing(&r.targets)?),
-            Request::QueryDerivationOutputMap(r) => self.reply(&r, &self.session.derivation_outputs(&r.drv)?),
+            Request::QueryMissing(r) => self.reply(&r, &self.session.store().missing(&r.targets)?),
+            Request::QueryDerivationOutputMap(r) => self.reply(&r, &self.session.store().derivation_outputs(&r.drv)?),
             Request::RegisterDrvOutput(r) => {
                 self.need_trust("you are not privileged to register realisations")?;
-                self.session.add_realisation(&r.realisation.0)?;
+                self.session.store().add_realisation(&r.realisation.0)?;
                 self.reply(&r, &())
             }
             Request::QueryRealisation(r) => {
-                let found = self.session.realisation(&r.id)?;
+                let found = self.session.store().realisation(&r.id)?;
                 let found = if self.minor >= 31 {
                     FoundRealisation::Whole(found.into_iter().collect())
                 } else {
@@ -487,20 +507,20 @@ impl Connection<'_> {
                         self.need_trust("you are not privileged to repair paths")?;
                     }
                     let mut objects = ManyObjects::new(framed, self.host.dir(), &self.options.budget);
-                    Ok(self.session.add_nars(&mut objects, options)?)
+                    Ok(self.session.store().add_nars(&mut objects, options)?)
                 })?;
                 self.reply(&r, &())
             }
             Request::AddBuildLog(r) => {
                 Self::with_frames(input, |framed| {
                     self.need_trust("you are not privileged to add logs")?;
-                    Ok(self.session.add_build_log(&r.drv.0, framed)?)
+                    Ok(self.session.store().add_build_log(&r.drv.0, framed)?)
                 })?;
                 self.reply(&r, &One)
             }
             Request::BuildPathsWithResults(r) => {
                 self.check_mode(r.mode)?;
-                let results = self.session.build(&r.targets, r.mode)?;
+                let results = self.session.store().build(&r.targets, r.mode)?;
                 let keyed = r.targets.iter().cloned().zip(results);
                 self.reply(&r, &keyed.map(|(target, result)| KeyedResult { target, result }).collect())
             }
@@ -510,7 +530,7 @@ impl Connection<'_> {
                      special privileges, and probably want to do that instead",
                 )?;
                 let link = absolute(&r.link);
-                self.session.add_root(&r.path, &link)?;
+                self.session.store().add_root(&r.path, &link)?;
                 self.reply(&r, &FilePath(link.as_os_str().as_bytes().to_vec()))
             }
         }
@@ -535,7 +555,7 @@ impl Connection<'_> {
         if new.repair {
             self.need_trust("you are not privileged to repair paths")?;
         }
-        Ok(self.session.add_content(new, source)?)
+        Ok(self.session.store().add_content(new, source)?)
     }
 
     /// Sends the export record of a path as messages.
@@ -543,7 +563,7 @@ impl Connection<'_> {
         self.root(path)?;
         let info = self.need_valid(path)?;
         let mut out = MessageWriter { tunnel: &self.tunnel, buffer: Vec::new() };
-        self.session.nar(path, &mut out)?;
+        self.session.store().nar(path, &mut out)?;
         let mut trailer = Vec::new();
         let references = info.references.iter().map(Into::into);
         let deriver = info.deriver.as_ref().map(Into::into);

@@ -47,6 +47,9 @@ pub trait Line: Send + Sync {
 
     /// From now on, all reading must be over after this time; `None` for no limit.
     fn set_deadline(&self, after: Option<Duration>);
+
+    /// No request is under way, or one begins: while none is, the connection may be ended.
+    fn set_resting(&self, _resting: bool) {}
 }
 
 /// A line that stays up.
