@@ -3,6 +3,9 @@
 //! Runs where a `nix-store` is installed, and says so where not. The version matters little: what
 //! is compared here has been the same from 2.8 to 2.26, but for the words in `same_words`.
 
+mod adopt;
+mod store;
+
 use std::process::Command;
 
 use crate::house::{House, Run, run};
@@ -171,7 +174,7 @@ d/f/
 ";
 
 /// Is there a real Nix?
-fn has_nix() -> bool {
+pub fn has_nix() -> bool {
     let found = Command::new("nix-store").arg("--version").output();
     let found = found.is_ok_and(|output| {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -5,10 +5,19 @@
 
 #![allow(unreachable_pub, reason = "modules of one test binary")]
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
+mod collections;
+mod crash;
+mod daemon;
+mod garbage;
 mod hashes;
 mod house;
 mod interop;
+mod limits;
 mod people;
 mod process;
+mod stress;
+mod tidy;
+mod vectors;
 mod without_store;

@@ -93,6 +93,11 @@ impl Env {
         Ok(list)
     }
 
+    /// The user's own profiles, where newer versions of Nix keep them.
+    pub fn own_profiles(&self) -> PathBuf {
+        self.xdg("XDG_STATE_HOME", ".local/state").join("nix/profiles")
+    }
+
     /// Where a user without a store gets one: `$XDG_DATA_HOME/larder/root`.
     pub fn own_root(&self) -> PathBuf {
         self.xdg("XDG_DATA_HOME", ".local/share").join("larder/root")

@@ -16,13 +16,15 @@ use larder_core::derivation::{Derivation, OutputName};
 use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
 use larder_core::realisation::{DrvOutput, Realisation};
+use larder_core::report::Level;
 use larder_core::settings::Settings;
 use larder_core::signature::{PublicKey, Signature, count_valid};
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 use larder_gc::add_root;
 use larder_store::LocalStore;
-use larder_store::delete::{DeleteOptions, Freed};
+use larder_store::collect::{CollectOptions, Freed};
+use larder_store::delete::DeleteOptions;
 use larder_store::error::StoreError as LocalError;
 use larder_store::verify::VerifyOptions;
 
@@ -184,13 +186,30 @@ impl Store for Engine {
         Ok(self.local.root_links()?)
     }
 
-    fn collect(&self, what: &Collect, _max_freed_bytes: u64) -> Result<Collected, StoreError> {
-        let Collect::DeleteSpecific(paths) = what else { return Err(not_yet("cannot collect garbage")) };
-        let full: Vec<StorePath> = paths.iter().cloned().collect();
+    fn collect(&self, what: &Collect, max_freed_bytes: u64) -> Result<Collected, StoreError> {
+        let local = &self.local;
+        let full = |name: &[u8]| [local.dir().as_str().as_bytes(), b"/", name].concat();
         let mut freed = Freed::default();
-        self.local.delete(&full, DeleteOptions::default(), &mut freed)?;
-        let gone = paths.iter().map(|path| self.local.dir().full(path).into_bytes());
-        Ok(Collected { paths: gone.collect(), bytes_freed: freed.bytes })
+        match what {
+            Collect::ListLive | Collect::ListDead => {
+                let say = |text: &str| local.reporter().message(Level::Info, format_args!("{text}"));
+                say("finding garbage collector roots...");
+                let survey = local.survey()?;
+                say("determining live/dead paths...");
+                let names = if *what == Collect::ListLive { survey.live_names() } else { survey.dead_names() };
+                return Ok(Collected { paths: names.into_iter().map(full).collect(), bytes_freed: 0 });
+            }
+            Collect::DeleteDead => {
+                let max_freed_bytes = (max_freed_bytes != u64::MAX).then_some(max_freed_bytes);
+                local.collect(CollectOptions { max_freed_bytes }, &mut freed)?;
+            }
+            Collect::DeleteSpecific(paths) => {
+                let paths: Vec<StorePath> = paths.iter().cloned().collect();
+                local.delete(&paths, DeleteOptions::default(), &mut freed)?;
+            }
+        }
+        let paths = freed.names.iter().map(|name| full(name.as_encoded_bytes())).collect();
+        Ok(Collected { paths, bytes_freed: freed.bytes })
     }
 
     fn add_content(&self, new: &NewContent, source: &mut dyn Read) -> Result<PathInfo, StoreError> {
@@ -228,7 +247,14 @@ impl Store for Engine {
     }
 
     fn optimise(&self) -> Result<(), StoreError> {
-        Err(not_yet("cannot link duplicates"))
+        let outcome = self.local.optimise();
+        if let Ok(saved) | Err(LocalError::NotLinked { saved, .. }) = &outcome {
+            #[expect(clippy::cast_precision_loss, reason = "two decimals are shown")]
+            let mib = saved.bytes as f64 / f64::from(1 << 20);
+            let text = format_args!("{mib:.2} MiB freed by hard-linking {} files", saved.files);
+            self.local.reporter().message(Level::Notice, text);
+        }
+        Ok(outcome.map(drop)?)
     }
 
     fn verify(&self, check_contents: bool, repair: bool) -> Result<bool, StoreError> {

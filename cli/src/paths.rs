@@ -34,10 +34,11 @@ pub fn store_path(dir: &StoreDir, argument: &OsStr) -> Result<StorePath, PathArg
     let bytes = argument.as_bytes();
     // The usual case: exactly a path of the store, with nothing to clean up.
     if let Some(base) = dir.below(bytes)
+        && !base.is_empty()
         && !base.contains(&b'/')
         && !base.starts_with(b".")
     {
-        return Ok(StorePath::from_base_name(base).map_err(|_| dir.parse(bytes).expect_err("the same text"))?);
+        return Ok(StorePath::from_base_name(base)?);
     }
     let outside = |path: &[u8]| PathArgumentError::NotInStore { path: shown(OsStr::from_bytes(path)) };
     let mut path = absolute(argument)?;

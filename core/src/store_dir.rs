@@ -93,33 +93,31 @@ impl StoreDir {
     /// Parses a full path; it must be a store path exactly, not something inside one.
     pub fn parse(&self, text: impl AsRef<[u8]>) -> Result<StorePath, StorePathError> {
         let text = text.as_ref();
-        let shown = || String::from_utf8_lossy(text).into_owned();
         // The usual case needs no canonicalisation.
         if let Some(base) = self.below(text)
             && base.len() > HashPart::TEXT_LEN
             && !base.contains(&b'/')
         {
-            return StorePath::parse_base(base, &shown);
+            return StorePath::from_base_name(base);
         }
         let Some(clean) = canonicalise(text) else {
-            return Err(StorePathError::NotAbsolute { path: shown() });
+            return Err(StorePathError::NotAbsolute { path: String::from_utf8_lossy(text).into_owned() });
         };
         match self.below(&clean) {
-            Some(base) if !base.contains(&b'/') => StorePath::parse_base(base, &shown),
-            _ => Err(StorePathError::NotInStore { path: shown() }),
+            Some(base) if !base.contains(&b'/') => StorePath::from_base_name(base),
+            _ => Err(StorePathError::NotInStore { path: String::from_utf8_lossy(&clean).into_owned() }),
         }
     }
 
     /// Parses a path at or below a store path; gives the store path and what follows it,
     /// which is empty or begins with `/`.
     pub fn parse_inside<'a>(&self, text: &'a [u8]) -> Result<(StorePath, &'a [u8]), StorePathError> {
-        let shown = || String::from_utf8_lossy(text).into_owned();
         let Some(rest) = self.below(text) else {
-            return Err(StorePathError::NotInStore { path: shown() });
+            return Err(StorePathError::NotInStore { path: String::from_utf8_lossy(text).into_owned() });
         };
         let end = memchr::memchr(b'/', rest).unwrap_or(rest.len());
         let (base, inner) = rest.split_at(end);
-        Ok((StorePath::parse_base(base, &shown)?, inner))
+        Ok((StorePath::from_base_name(base)?, inner))
     }
 
     /// What follows `<store dir>/`, if the text begins so.

@@ -107,10 +107,10 @@ pub struct StorePath {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StorePathError {
-    #[error("path '{path}' is not a valid store path: '{base}' is too short to be a valid store path")]
-    TooShort { path: String, base: String },
-    #[error("path '{path}' is not a valid store path")]
-    HashPart { path: String, source: HashPartError },
+    #[error("'{base}' is too short to be a valid store path")]
+    TooShort { base: String },
+    #[error("store path '{path}' contains illegal base-32 character '{bad}'")]
+    HashPart { path: String, bad: char },
     #[error("path '{path}' is not a valid store path: it has '{found}' instead of '-' after the hash part")]
     Separator { path: String, found: char },
     #[error("path '{path}' is not a valid store path: {source}")]
@@ -140,18 +140,19 @@ impl StorePath {
 
     /// Parses a base name. Bytes that are not UTF-8 give an error, as they are in no name.
     pub fn from_base_name(base: &[u8]) -> Result<Self, StorePathError> {
-        Self::parse_base(base, &|| String::from_utf8_lossy(base).into_owned())
-    }
-
-    pub(crate) fn parse_base(base: &[u8], path: &dyn Fn() -> String) -> Result<Self, StorePathError> {
         let lossy = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
+        // As in Nix 2.26, errors name the base name alone.
+        let path = || lossy(base);
         let Some((hash, rest)) = base.split_at_checked(HashPart::TEXT_LEN) else {
-            return Err(StorePathError::TooShort { path: path(), base: lossy(base) });
+            return Err(StorePathError::TooShort { base: path() });
         };
         let Some((separator, name)) = rest.split_first() else {
-            return Err(StorePathError::TooShort { path: path(), base: lossy(base) });
+            return Err(StorePathError::TooShort { base: path() });
         };
-        let hash_part = HashPart::parse(hash).map_err(|source| StorePathError::HashPart { path: path(), source })?;
+        let hash_part = HashPart::parse(hash).map_err(|error| {
+            let HashPartError::Alphabet { bad, .. } = error else { unreachable!("split at its length") };
+            StorePathError::HashPart { path: path(), bad }
+        })?;
         if *separator != b'-' {
             let found = lossy(rest).chars().next().unwrap_or('?');
             return Err(StorePathError::Separator { path: path(), found });

@@ -52,6 +52,8 @@ pub(crate) struct Status {
     pub(crate) uid: u32,
     pub(crate) links: u32,
     pub(crate) size: u64,
+    /// Of 512 bytes.
+    pub(crate) blocks: u64,
     pub(crate) mtime_s: i64,
     pub(crate) mtime_ns: u32,
     pub(crate) id: FileId,
@@ -88,6 +90,7 @@ impl Status {
             uid: s.stx_uid,
             links: s.stx_nlink,
             size: s.stx_size,
+            blocks: s.stx_blocks,
             mtime_s: s.stx_mtime.tv_sec,
             mtime_ns: s.stx_mtime.tv_nsec,
             id: FileId { device: rustix::fs::makedev(s.stx_dev_major, s.stx_dev_minor), inode: s.stx_ino },

@@ -4,6 +4,7 @@
 //! knows the database, and nothing decides *whether* something may be deleted.
 
 pub mod canon;
+pub mod census;
 pub mod dump;
 pub mod entry;
 pub mod file_error;
@@ -12,6 +13,7 @@ pub mod layout;
 pub mod links;
 pub mod lock_file;
 pub mod mounts;
+pub mod optimise;
 pub mod path_lock;
 pub mod pipe;
 pub mod remove;

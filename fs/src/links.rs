@@ -3,7 +3,9 @@
 use std::ffi::OsStr;
 use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 
+use rustc_hash::FxHashSet;
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -26,6 +28,25 @@ impl LinkStats {
     pub fn saved_bytes(self) -> i128 {
         i128::from(self.unshared_bytes) - i128::from(self.actual_bytes) - i128::from(self.overhead_bytes)
     }
+}
+
+/// The inode numbers in a directory, as it tells them itself: no file is looked at. Empty if there
+/// is no such directory.
+pub fn inodes(dir: &Path) -> Result<FxHashSet<u64>, FileError> {
+    const DOING: &str = "reading directory";
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let fd = match rustix::fs::openat(CWD, dir, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(FxHashSet::default()),
+        opened => opened.at(DOING, dir)?,
+    };
+    let mut found = FxHashSet::default();
+    for entry in Dir::read_from(&fd).at(DOING, dir)? {
+        let entry = entry.at(DOING, dir)?;
+        if entry.file_name() != c"." && entry.file_name() != c".." {
+            found.insert(entry.ino());
+        }
+    }
+    Ok(found)
 }
 
 /// Deletes the links of contents that no object has any more, and sums up the others.

@@ -15,6 +15,10 @@ pub const BLOCK_BYTES: usize = 64 * 1024;
 /// Blocks under way between the two threads.
 const BLOCKS: usize = 8;
 
+/// Blocks that go back to be filled at once: each time wakes the other thread, which costs more
+/// than it takes to read a block.
+const RETURNED: usize = BLOCKS / 2;
+
 /// Blocks that are dealt with before a second thread is worth its start.
 const ALONE: usize = 8;
 
@@ -60,6 +64,7 @@ where
             }
         };
         thread::Builder::new().name("read".into()).spawn_scoped(scope, filler).ok()?;
+        let mut emptied = Vec::with_capacity(RETURNED);
         for result in take_full {
             let (block, more) = match result {
                 Ok(block_and_more) => block_and_more,
@@ -71,8 +76,11 @@ where
             if !more {
                 return Some(Ok(()));
             }
-            // Nobody takes it: the source has failed, and has said so.
-            let _ = give_empty.send(block);
+            emptied.push(block);
+            if emptied.len() == RETURNED {
+                // Nobody takes them: the source has failed, and has said so.
+                emptied.drain(..).for_each(|block| drop(give_empty.send(block)));
+            }
         }
         // The source panicked, and so does the scope.
         None

@@ -10,8 +10,10 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
+use rustc_hash::FxHashSet;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
@@ -102,6 +104,56 @@ pub fn remove_parallel(target: Target<'_>, on_failure: OnFailure) -> Result<Remo
     run(target, on_failure, PARALLEL_LEVELS)
 }
 
+/// The same, but hard links are counted as they are: a file counts when its last name in the store
+/// goes, whichever thread takes it, be there an entry of `.links` for it or not.
+pub fn remove_counted(target: Target<'_>, on_failure: OnFailure, links: &LinkCounts) -> Result<Removed, RemoveError> {
+    let name = target.checked_name("deleting").map_err(|e| RemoveError::new(e, Removed::default()))?;
+    let top = Top { dir: target.dir, path: target.dir_path, name, inside: false };
+    let mut remover = Remover::new(&top, on_failure, PARALLEL_LEVELS);
+    remover.links = Some(links);
+    remover.run()
+}
+
+/// Clears the immutable and append-only flags of an entry, which keep it from being renamed.
+pub fn thaw(target: Target<'_>) -> Result<(), FileError> {
+    const DOING: &str = "clearing the flags of";
+    let name = target.checked_name(DOING)?;
+    clear_frozen_at(target.dir, &name).map_err(|e| FileError::new(DOING, target.path(), e))
+}
+
+/// What is known of files with several names while many threads delete.
+#[derive(Debug)]
+pub struct LinkCounts {
+    /// `.links`.
+    dir: PathBuf,
+    /// The inodes that are there; read when the first file with two names is met.
+    linked: OnceLock<FxHashSet<u64>>,
+    /// Of two names of one file one is taken after the other.
+    turns: [Mutex<()>; 64],
+}
+
+impl LinkCounts {
+    /// `dir`: where the hard links named by content are; need not exist.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir, linked: OnceLock::new(), turns: [const { Mutex::new(()) }; 64] }
+    }
+
+    fn turn(&self, inode: u64) -> MutexGuard<'_, ()> {
+        let at = usize::try_from(inode % self.turns.len() as u64).unwrap_or(0);
+        self.turns.get(at).expect("a remainder").lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Is this the last name but the one in `.links`?
+    fn is_last(&self, status: &Status) -> bool {
+        status.links == 1 || status.links == 2 && self.holds(status.id.inode)
+    }
+
+    /// Is there an entry of `.links` for it?
+    pub fn holds(&self, inode: u64) -> bool {
+        self.linked.get_or_init(|| crate::links::inodes(&self.dir).unwrap_or_default()).contains(&inode)
+    }
+}
+
 /// Deletes what a path names (its last component; symlinks before it are followed).
 pub fn remove_path(path: &Path, on_failure: OnFailure) -> Result<Removed, RemoveError> {
     let refused = |e: Errno| RemoveError::new(FileError::new("deleting", path, e), Removed::default());
@@ -148,6 +200,7 @@ struct Remover<'a> {
     levels: Vec<Level>,
     on_failure: OnFailure,
     parallel_levels: usize,
+    links: Option<&'a LinkCounts>,
     removed: Removed,
     buffer: Vec<u8>,
     /// Serial number for the names of what is moved up.
@@ -166,7 +219,7 @@ enum Outcome {
 impl<'a> Remover<'a> {
     fn new(top: &'a Top<'a>, on_failure: OnFailure, parallel_levels: usize) -> Self {
         let (levels, removed) = (Vec::new(), Removed::default());
-        Self { top, levels, on_failure, parallel_levels, removed, buffer: Vec::new(), moved: 0 }
+        Self { top, levels, on_failure, parallel_levels, links: None, removed, buffer: Vec::new(), moved: 0 }
     }
 
     fn run(mut self) -> Result<Removed, RemoveError> {
@@ -233,17 +286,22 @@ impl<'a> Remover<'a> {
     /// Deletes an entry of the innermost directory that is no directory itself.
     fn unlink(&mut self, name: &CString) -> Result<Outcome, Stop> {
         for last_try in [false, true] {
-            let status = match Status::at(self.dir(), name) {
+            let mut status = match Status::at(self.dir(), name) {
                 Ok(status) if status.kind == FileType::Directory => return Ok(Outcome::IsDirectory),
                 Ok(status) => status,
                 Err(Errno::NOENT) => return Ok(Outcome::Gone),
                 Err(Errno::ACCESS) if !last_try && self.loosen() => continue,
                 Err(e) => return self.fail("getting status of", Some(name), e).map(|()| Outcome::Gone),
             };
+            let turn = self.links.filter(|_| status.links > 1).map(|links| links.turn(status.id.inode));
+            if turn.is_some() {
+                // Another thread may have taken a name since.
+                status = Status::at(self.dir(), name).unwrap_or(status);
+            }
             match retry(|| rustix::fs::unlinkat(self.dir(), name, AtFlags::empty())) {
                 Ok(()) => {
                     self.removed.entries += 1;
-                    if status.links <= 2 {
+                    if self.links.map_or(status.links <= 2, |links| links.is_last(&status)) {
                         self.removed.bytes_freed += status.size;
                     }
                     return Ok(Outcome::Gone);
@@ -383,11 +441,14 @@ impl<'a> Remover<'a> {
     fn share_out(&mut self, subdirs: Vec<CString>) -> Result<(), Stop> {
         let (dir, path) = (self.dir(), self.path(None));
         let (on_failure, levels) = (self.on_failure, self.parallel_levels - self.levels.len());
+        let links = self.links;
         let results: Vec<_> = subdirs
             .into_par_iter()
             .map(|name| {
                 let top = Top { dir, path: &path, name, inside: true };
-                Remover::new(&top, on_failure, levels).run()
+                let mut remover = Remover::new(&top, on_failure, levels);
+                remover.links = links;
+                remover.run()
             })
             .collect();
         let mut first = Ok(());

@@ -133,10 +133,17 @@ impl State {
 
     /// `text` holds paths, each with a NUL behind it.
     fn add(&mut self, layout: &Layout, text: &[u8], timeout: Duration) -> Result<(), FileError> {
-        // With the lock held there is no collector, and one that comes reads the file.
+        // With the lock held there is no collector, and one that comes reads the file. Without it,
+        // the file must have the paths *before* the collector answers: it may end right after, and
+        // the next one reads the files.
+        let mut appended = false;
         while !self.gc_lock.lock(Sharing::Shared, &mut Wait::No)? {
+            if !appended {
+                self.append(text)?;
+                appended = true;
+            }
             match self.tell(layout, text, timeout) {
-                Ok(true) => return self.append(text),
+                Ok(true) => return Ok(()),
                 Ok(false) => std::thread::sleep(RETRY),
                 Err(e) => {
                     self.connection = None;
@@ -157,9 +164,9 @@ impl State {
         }
         // The connection, if any, was to a collector that has ended.
         self.connection = None;
-        let appended = self.append(text);
+        let outcome = if appended { Ok(()) } else { self.append(text) };
         self.gc_lock.unlock()?;
-        appended
+        outcome
     }
 
     fn append(&self, text: &[u8]) -> Result<(), FileError> {

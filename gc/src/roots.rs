@@ -123,7 +123,22 @@ pub fn find<E: std::error::Error + 'static>(
     reporter: &dyn Reporter,
 ) -> Result<Found, RootsError<E>> {
     let mut found = temporary(layout, stale_links, reporter)?;
-    found.add(persistent(layout, stale_links, is_valid, reporter)?);
+    found.add(lasting(layout, stale_links, is_valid, reporter)?);
+    found.sort();
+    Ok(found)
+}
+
+/// All roots but the temporary ones: links, files, and what running processes use.
+///
+/// A snapshot of the ledger that answers `is_valid` must be younger than the reading of the
+/// temporary roots: what became valid before that has them no more.
+pub fn lasting<E: std::error::Error + 'static>(
+    layout: &Layout,
+    stale_links: StaleLinks,
+    is_valid: IsValid<'_, E>,
+    reporter: &dyn Reporter,
+) -> Result<Found, RootsError<E>> {
+    let mut found = persistent(layout, stale_links, is_valid, reporter)?;
     let (candidates, unreadable) = runtime::candidates(&layout.store_dir, Path::new("/proc"));
     found.unreadable.extend(unreadable);
     for root in candidates {

@@ -214,6 +214,15 @@ impl StoreDb {
         }
     }
 
+    /// Decides what became of a write that ended in an error.
+    ///
+    /// If the last sync of a commit fails, readers see the ledger of before, but the commit may be
+    /// found complete by whoever writes next, and then it counts. When this returns, that has
+    /// been decided, and reads tell.
+    pub fn settle(&self) -> Result<(), DbError> {
+        self.begin_write().map(drop)
+    }
+
     /// Closes the file, which tells of errors that dropping keeps to itself. Nothing is lost
     /// without it, as every commit is durable.
     pub fn close(self) -> Result<(), DbError> {

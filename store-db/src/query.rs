@@ -18,7 +18,7 @@ use crate::tables::{
 
 /// One lookup costs as much as going over so many records in order. (Less in tests, whose tables
 /// are small, so that they see both ways.)
-const SCAN_RATIO: u64 = if cfg!(test) { 2 } else { 12 };
+const SCAN_RATIO: u64 = if cfg!(test) { 2 } else { 5 };
 
 type RowsRead = ReadOnlyTable<HashKey, Bytes>;
 type PairsRead = ReadOnlyTable<PairKey, ()>;

@@ -1,6 +1,10 @@
 //! Beside real Nix: nothing is deleted while it knows of objects that Larder does not.
 
+use std::sync::PoisonError;
+
 use larder_core::report::Level;
+use larder_core::store_path::StorePath;
+use rustc_hash::FxHashSet;
 
 use crate::error::StoreError;
 use crate::foreign::{Fingerprint, ForeignError, ForeignLedger};
@@ -10,6 +14,13 @@ use crate::local::LocalStore;
 const ADOPTED: &str = "foreign-adopted";
 /// Marker: the user has been told of the other ledger.
 const TOLD: &str = "foreign-told";
+
+/// Everything that real Nix had registered when its ledger was in this state.
+#[derive(Debug)]
+pub(crate) struct Theirs {
+    state: Fingerprint,
+    paths: FxHashSet<StorePath>,
+}
 
 /// What the other ledger has that ours has not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +60,32 @@ impl LocalStore {
             return Ok(None);
         };
         Ok(Some(Unknown { count: 1 + unknown.count() as u64, example: self.dir().full(first) }))
+    }
+
+    /// Has real Nix registered this path, which Larder does not know?
+    ///
+    /// What lies at such a path is no remains of something: it must not be replaced.
+    pub(crate) fn belongs_to_real_nix(&self, path: &StorePath) -> Result<bool, StoreError> {
+        let Some(ledger) = ForeignLedger::find(&self.layout().db()) else { return Ok(false) };
+        let unreadable =
+            |source: ForeignError| StoreError::MayNotBeAdopted { ledger: ledger.file().to_owned(), source };
+        let state = ledger.fingerprint().map_err(unreadable)?;
+        if self.read(|txn| Ok(txn.meta(ADOPTED)?))?.as_deref() == Some(state.as_bytes()) {
+            return Ok(false);
+        }
+        let mut known = self.theirs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(theirs) = known.as_ref().filter(|theirs| theirs.state == state) {
+            return Ok(theirs.paths.contains(path));
+        }
+        let mut paths = FxHashSet::default();
+        let mut take = |path| {
+            paths.insert(path);
+            true
+        };
+        ledger.paths(self.dir(), &mut take).map_err(unreadable)?;
+        let found = paths.contains(path);
+        *known = Some(Theirs { state, paths });
+        Ok(found)
     }
 
     /// Remembers that everything in this state of the other ledger is known.

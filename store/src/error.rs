@@ -44,6 +44,11 @@ pub enum StoreError {
     NotAdopted { ledger: PathBuf, count: u64, example: String },
     #[error("cannot tell whether real Nix has paths in '{}' that Larder does not know, so nothing may be deleted", ledger.display())]
     MayNotBeAdopted { ledger: PathBuf, source: ForeignError },
+    #[error(
+        "cannot replace '{path}', which real Nix has registered and which has other contents; \
+         'larder adopt' takes its registrations over"
+    )]
+    BelongsToRealNix { path: String },
     #[error("cannot take over the registrations of real Nix")]
     Adopt(#[from] ForeignError),
     #[error("the state folder '{}' has no ledger of real Nix", state.display())]
@@ -54,6 +59,12 @@ pub enum StoreError {
     Roots(#[source] Box<larder_gc::roots::RootsError<Box<StoreError>>>),
     #[error("roots may be hidden from us, so nothing may be deleted")]
     HiddenRoots(#[source] FileError),
+    /// Some files could not be linked; each was told of, and the others are linked.
+    #[error("{count} files could not be linked")]
+    NotLinked { count: u64, saved: larder_fs::optimise::Saved },
+    /// Part of what was to go is still there; each was told of.
+    #[error("{count} entries of the store could not be deleted")]
+    Undeletable { count: u64 },
     #[error(transparent)]
     Db(DbError),
     #[error(transparent)]

@@ -33,7 +33,8 @@ use larder_fs::path_lock::{OnRelease, PathLocks};
 use larder_fs::remove::{self, OnFailure};
 use larder_fs::restore::{Metadata, RestoreOptions, Restorer};
 use larder_store_db::Batch;
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::error::StoreError;
 use crate::local::{LocalStore, now_s};
@@ -109,21 +110,28 @@ struct Sealed {
     info: PathInfo,
     outputs: BTreeMap<String, StorePath>,
     locks: PathLocks,
+    /// It lay there before, put there and registered by real Nix, and is not ours to take away.
+    foreign: bool,
 }
 
 /// Objects on their way in, committed together.
 ///
-/// Dropped without [`Arrivals::commit`], what was sealed is taken away again.
+/// Dropped without a [`Arrivals::commit`] that went well, what was sealed is taken away again.
 #[derive(Debug)]
 pub struct Arrivals<'s> {
     store: &'s LocalStore,
     pending: Vec<Sealed>,
+    /// A registration failed.
+    failed: bool,
 }
 
 impl Drop for Arrivals<'_> {
     fn drop(&mut self) {
-        for sealed in self.pending.drain(..) {
-            self.store.discard(OsStr::new(&sealed.info.path.to_string()));
+        for sealed in self.pending.drain(..).filter(|sealed| !sealed.foreign) {
+            // A registration that failed may be there all the same: then the object stays.
+            if !self.failed || matches!(self.store.is_valid(&sealed.info.path), Ok(false)) {
+                self.store.discard(OsStr::new(&sealed.info.path.to_string()));
+            }
         }
     }
 }
@@ -198,9 +206,24 @@ impl LocalStore {
         Ok(Intake { incoming, restorer, hasher: NarHasher::new(), scanner: candidates.map(Scanner::new) })
     }
 
+    /// Puts an object at its path, whose lock the caller holds.
+    fn put(&self, incoming: &mut Incoming<'_>, path: &StorePath, entry: &OsStr) -> Result<(), StoreError> {
+        let dir = self.store_fd()?;
+        // What lies there is not valid: the remains of a crash, or of a deletion.
+        let target = Target { dir, name: entry, dir_path: &self.layout().real_store };
+        remove::remove(target, OnFailure::Stop).map_err(FileError::from)?;
+        if self.options().sync && incoming.nar_size_bytes < SYNC_EACH_BELOW {
+            larder_fs::sync::sync_tree(dir, &incoming.entry, &self.layout().real_store)?;
+        }
+        rustix::fs::renameat(dir, &incoming.entry, dir, entry)
+            .map_err(|e| FileError::new("renaming to", self.layout().real_path(path), std::io::Error::from(e)))?;
+        incoming.kept = true;
+        Ok(())
+    }
+
     /// Objects to come in together.
     pub fn arrivals(&self) -> Arrivals<'_> {
-        Arrivals { store: self, pending: Vec::new() }
+        Arrivals { store: self, pending: Vec::new(), failed: false }
     }
 
     /// The path a file or tree would get, and its hash and size, without adding it.
@@ -318,23 +341,47 @@ impl<'s> Arrivals<'s> {
         }
         let outputs =
             if path.is_derivation() { store.check_derivation(&path, &incoming.entry)? } else { BTreeMap::new() };
-        let dir = store.store_fd()?;
         let entry = OsString::from(path.to_string());
-        // What lies there is not valid: the remains of a crash, or of a deletion.
-        let target = Target { dir, name: &entry, dir_path: &store.layout().real_store };
-        remove::remove(target, OnFailure::Stop).map_err(FileError::from)?;
-        if store.options().sync && incoming.nar_size_bytes < SYNC_EACH_BELOW {
-            larder_fs::sync::sync_tree(dir, &incoming.entry, &store.layout().real_store)?;
+        let foreign = self.keeps_foreign(&incoming, &path, &entry)?;
+        if !foreign {
+            store.put(&mut incoming, &path, &entry)?;
+            if store.options().auto_optimise_store {
+                store.optimise_path(&path);
+            }
         }
-        rustix::fs::renameat(dir, &incoming.entry, dir, &entry)
-            .map_err(|e| FileError::new("renaming to", &real, std::io::Error::from(e)))?;
-        incoming.kept = true;
         info.registration_time_s = now_s();
-        self.pending.push(Sealed { info, outputs, locks });
+        self.pending.push(Sealed { info, outputs, locks, foreign });
         if self.pending.len() >= MAX_PENDING {
             self.commit()?;
         }
         Ok(())
+    }
+
+    /// Does an object of real Nix lie at this path, with the contents of `incoming`? Then it stays.
+    ///
+    /// One with other contents is an error: replaced, it would no longer be what real Nix has
+    /// registered.
+    fn keeps_foreign(&self, incoming: &Incoming<'_>, path: &StorePath, entry: &OsStr) -> Result<bool, StoreError> {
+        let store = self.store;
+        match rustix::fs::statat(store.store_fd()?, entry, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(false),
+            Err(e) => {
+                let real = store.layout().real_path(path);
+                return Err(FileError::new("getting status of", &real, std::io::Error::from(e)).into());
+            }
+            Ok(_) if !store.belongs_to_real_nix(path)? => return Ok(false),
+            Ok(_) => {}
+        }
+        let mut hasher = NarHasher::new();
+        store.dump_object(path, |bytes| {
+            hasher.update(bytes);
+            Ok(())
+        })?;
+        if hasher.finish() == (incoming.nar_hash, incoming.nar_size_bytes) {
+            Ok(true)
+        } else {
+            Err(StoreError::BelongsToRealNix { path: store.dir().full(path) })
+        }
     }
 
     fn check_references(&self, info: &PathInfo) -> Result<(), StoreError> {
@@ -379,7 +426,15 @@ impl<'s> Arrivals<'s> {
         for sealed in &self.pending {
             batch.push_info(&sealed.info, &sealed.outputs)?;
         }
-        store.ledger()?.register(batch).map_err(|error| StoreError::from(error).in_dir(store.dir()))?;
+        let ledger = store.ledger()?;
+        if let Err(error) = ledger.register(batch) {
+            self.failed = true;
+            if ledger.settle().is_err() {
+                // Nobody can tell what is valid: the objects are left to a collector.
+                self.pending.clear();
+            }
+            return Err(StoreError::from(error).in_dir(store.dir()));
+        }
         // They are valid: nothing below takes them away again.
         for sealed in std::mem::take(&mut self.pending) {
             sealed.locks.release()?;

@@ -5,15 +5,20 @@
 
 pub mod adoption;
 mod api;
+mod broom;
+pub mod collect;
 pub mod delete;
 mod derivations;
 pub mod error;
 pub mod foreign;
 pub mod ingest;
 pub mod local;
+pub mod optimise;
+pub mod plan;
 mod receive;
 pub mod register;
 pub mod sqlite;
+pub mod survey;
 mod transfer;
 pub mod verify;
 

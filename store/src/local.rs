@@ -16,6 +16,7 @@ use larder_fs::temp_roots::TempRoots;
 use larder_fs::users::Users;
 use larder_store_db::{DbError, Mode, ReadTxn, StoreDb};
 
+use crate::adoption::Theirs;
 use crate::error::StoreError;
 
 /// What of the settings concerns a local store. All have the meaning of the setting of that name.
@@ -31,6 +32,18 @@ pub struct Options {
     pub gc_reserved_space_bytes: u64,
     pub keep_outputs: bool,
     pub keep_derivations: bool,
+    /// Bytes: below this many free ones, room is made before something is added; 0 for never.
+    pub min_free_bytes: u64,
+    /// How many are to be free then.
+    pub max_free_bytes: u64,
+    /// How often that is looked at, in seconds.
+    pub min_free_check_interval_s: u64,
+    /// Link equal files as paths are added.
+    pub auto_optimise_store: bool,
+    /// For tests: a file that holds the number of free bytes (`_NIX_TEST_FREE_SPACE_FILE`).
+    pub free_space_file: Option<std::path::PathBuf>,
+    /// For tests: a file, or FIFO, that a collector reads before it deletes (`_NIX_TEST_GC_SYNC`).
+    pub gc_sync_file: Option<std::path::PathBuf>,
     /// Write objects to the disk before they are registered (setting `fsync-metadata`).
     pub sync: bool,
     /// Where the ledger is, if not in `db` of the state directory.
@@ -50,6 +63,12 @@ impl Default for Options {
             gc_reserved_space_bytes: 8 << 20,
             keep_outputs: false,
             keep_derivations: true,
+            min_free_bytes: 0,
+            max_free_bytes: u64::MAX,
+            min_free_check_interval_s: 5,
+            auto_optimise_store: false,
+            free_space_file: None,
+            gc_sync_file: None,
             sync: true,
             db_dir: None,
             held_locks: HeldLocks::default(),
@@ -73,6 +92,8 @@ pub struct LocalStore {
     temp_roots: OnceLock<TempRoots>,
     /// Hashes of derivations seen so far.
     pub(crate) derivations: Mutex<Memo>,
+    /// What real Nix has registered, once something asked.
+    pub(crate) theirs: Mutex<Option<Theirs>>,
 }
 
 impl std::fmt::Debug for LocalStore {
@@ -129,6 +150,7 @@ impl LocalStore {
             db: db.map(Arc::new),
             temp_roots: OnceLock::new(),
             derivations: Mutex::default(),
+            theirs: Mutex::default(),
         })
     }
 
@@ -146,6 +168,7 @@ impl LocalStore {
             db: self.db.clone(),
             temp_roots: OnceLock::new(),
             derivations: Mutex::default(),
+            theirs: Mutex::default(),
         }
     }
 
@@ -208,8 +231,7 @@ impl LocalStore {
 
     /// Makes a link that keeps a path from being collected; gives it as it was made.
     pub fn add_permanent_root(&self, path: &StorePath, link: &Path) -> Result<PathBuf, StoreError> {
-        let temp_roots = self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone()));
-        Ok(larder_gc::add_root::add_permanent(&self.layout, temp_roots, path, link)?)
+        Ok(larder_gc::add_root::add_permanent(&self.layout, self.temp_roots(), path, link)?)
     }
 
     /// Asks the ledger; everything `f` asks is answered from one moment. `f` must be quick.

@@ -86,8 +86,13 @@ impl LocalStore {
         self.reporter().message(Level::Error, text);
     }
 
-    /// The names in the store directory.
+    /// The names in the store directory, ascending.
     pub(crate) fn entries(&self) -> Result<BTreeSet<OsString>, StoreError> {
+        Ok(self.entry_names()?.into_iter().collect())
+    }
+
+    /// The names in the store directory but `.` and `..`, in no order.
+    pub(crate) fn entry_names(&self) -> Result<Vec<OsString>, StoreError> {
         let at = |e: rustix::io::Errno| {
             larder_fs::file_error::FileError::new(
                 "reading directory",
@@ -95,9 +100,12 @@ impl LocalStore {
                 std::io::Error::from(e),
             )
         };
-        let mut names = BTreeSet::new();
+        let mut names = Vec::new();
         for entry in rustix::fs::Dir::read_from(self.object_dir()?).map_err(at)? {
-            names.insert(OsStr::from_bytes(entry.map_err(at)?.file_name().to_bytes()).to_owned());
+            let name = OsStr::from_bytes(entry.map_err(at)?.file_name().to_bytes()).to_owned();
+            if name != "." && name != ".." {
+                names.push(name);
+            }
         }
         Ok(names)
     }

@@ -10,10 +10,11 @@ use run::{Failed, cargo, step};
 
 const HELP: &str = "\
 cargo xtask ci                       format check, clippy, tests, docs: the gate
-cargo xtask bench [FILTER...]        whole processes against real Nix, ratios in one run
+cargo xtask bench [FILTER...]        whole processes against real Nix, ratios in one run;
+                                     `memory`: what streams, with a file of 6 GiB (minutes)
 cargo xtask interop [TREE...]        differential run against real Nix (default: five real trees)
 cargo xtask fuzz [SECONDS [TARGET]]  every fuzz target, or one, for so long each (default 60)
-cargo xtask soak [SECONDS]           the long form of the stress tests (default 600)
+cargo xtask soak [SECONDS [PROCESSES]]  the long forms of the stress and crash tests (default 60, 8)
 ";
 
 /// The fuzz targets: the files of `fuzz/fuzz_targets`.
@@ -51,9 +52,26 @@ fn ci() -> Result<(), Failed> {
     step(cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
 }
 
+/// Tests that have a long form, by crate and a part of their names.
+const LONG_TESTS: &[(&str, &str)] = &[
+    ("larder-store-db", "tests::crash"),
+    ("larder-store-db", "tests::processes"),
+    ("larder", "stress"),
+    ("larder", "crash"),
+];
+
+/// Everything that stands in for bad luck: processes killed and system calls that fail at any moment.
 fn soak(args: &[String]) -> Result<(), Failed> {
-    let seconds = args.first().map_or("600", String::as_str);
-    step(cargo(&["test", "--workspace", "soak", "--", "--nocapture", "--test-threads=1"]).env("LARDER_SOAK_S", seconds))
+    let seconds = args.first().map_or("60", String::as_str);
+    let processes = args.get(1).map_or("8", String::as_str);
+    for (package, name) in LONG_TESTS {
+        step(
+            cargo(&["test", "--package", package, name, "--", "--nocapture", "--test-threads=1"])
+                .env("LARDER_SOAK_S", seconds)
+                .env("LARDER_SOAK_PROCS", processes),
+        )?;
+    }
+    Ok(())
 }
 
 fn main() -> ExitCode {

@@ -2,6 +2,7 @@
 
 mod asking;
 mod changing;
+mod garbage;
 mod links;
 
 use std::ffi::OsString;
@@ -76,6 +77,14 @@ pub enum Command {
     Verify(Verify),
     /// Tell what takes the space: the size of closures, and what only they need
     Du(Du),
+    /// Delete what nothing needs, after telling what that is
+    Gc(garbage::Gc),
+    /// Tell which roots keep a path, and how
+    Why(garbage::Why),
+    /// List the roots: what must not be deleted
+    Roots(garbage::Roots),
+    /// Link equal files, which saves space
+    Optimise(garbage::Optimise),
     /// Make links by the names of the commands of Nix
     Links(Links),
     /// Take over the store of a Nix installation, from its own records
@@ -329,6 +338,10 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Du(args) => asking::disk_usage(cx, &settings, &args)?,
         Command::Verify(args) => return changing::verify(cx, &settings, &args),
         Command::Adopt(args) => changing::adopt(cx, &settings, &args)?,
+        Command::Gc(args) => return garbage::collect(cx, &settings, &args),
+        Command::Why(args) => return garbage::why(cx, &settings, &args),
+        Command::Roots(args) => return garbage::roots(cx, &settings, &args),
+        Command::Optimise(args) => return garbage::optimise(cx, &settings, &args),
     }
     Ok(Status::SUCCESS)
 }

@@ -127,13 +127,13 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::RegisterValidity { reregister, hash_given } => {
             store::register_validity(cx, &settings, reregister, hash_given)?;
         }
+        Command::Gc { action, max_freed_bytes } => store::collect(cx, &settings, action, max_freed_bytes)?,
+        Command::Optimise => store::optimise(cx, &settings)?,
         Command::Delete { ignore_liveness, paths } => store::delete(cx, &settings, ignore_liveness, &paths)?,
         Command::PrintEnv { derivation } => store::print_env(cx, &settings, &derivation)?,
         Command::QueryFailedPaths => store::query_failed_paths(cx, &settings)?,
         Command::ClearFailedPaths { paths } => store::clear_failed_paths(cx, &settings, &paths)?,
         Command::Realise(_) => return Err(StoreOpError::NotYet { what: "cannot build or substitute" }.into()),
-        Command::Gc { .. } => return Err(StoreOpError::NotYet { what: "cannot collect garbage" }.into()),
-        Command::Optimise => return Err(StoreOpError::NotYet { what: "cannot link duplicates" }.into()),
         Command::RepairPath { .. } => return Err(StoreOpError::NotYet { what: "cannot repair paths" }.into()),
         Command::ReadLog { .. } => return Err(StoreOpError::NotYet { what: "cannot read build logs" }.into()),
         Command::Serve { write } => store::serve(cx, settings, write)?,

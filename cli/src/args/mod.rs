@@ -32,6 +32,8 @@ pub enum UsageError {
     UnrecognisedFlag { flag: String },
     #[error("unexpected argument '{word}'")]
     UnexpectedArgument { word: String },
+    #[error("invalid number of days specifier '{text}', expected something like '14d'")]
+    Days { text: String },
     #[error("bad sub-operation '{flag}' in GC")]
     BadSubOperation { flag: String },
     #[error("flag '{flag}' requires {wanted} argument(s)")]

@@ -1,3 +1,5 @@
+//! Settings as whole configurations: recorded answers of real Nix, and properties.
+
 use std::collections::BTreeMap;
 use std::io;
 

@@ -142,10 +142,18 @@ fn a_crash_loses_nothing_that_was_done() {
             let marks = log[..cut].iter().rev().find_map(|op| if let Op::Mark(n) = op { Some(*n) } else { None });
             let done = marks.unwrap_or(0);
             let image = image_after(&first, &log, cut, luck);
-            let db = StoreDb::on_disk(&Disk::of(image)).unwrap_or_else(|e| panic!("cut {cut}, luck {luck}: {e:?}"));
+            let disk = Disk::of(image.clone());
+            let db = StoreDb::on_disk(&disk).unwrap_or_else(|e| panic!("cut {cut}, luck {luck}: {e:?}"));
             let found = contents(&db).unwrap_or_else(|e| panic!("cut {cut}, luck {luck}: {e:?}"));
-            let fine = found == after[done] || after.get(done + 1) == Some(&found);
-            assert!(fine, "cut {cut}, luck {luck}: neither change {done} nor the next");
+            let fine = |found: &Contents| *found == after[done] || after.get(done + 1) == Some(found);
+            assert!(fine(&found), "cut {cut}, luck {luck}: neither change {done} nor the next");
+            // The power goes again, while this is recovered from.
+            let recovery = disk.log();
+            let again = usize::try_from(Random(luck ^ 0x5555).below(recovery.len() as u64 + 1)).unwrap();
+            let image = image_after(&image, &recovery, again, luck);
+            let twice = StoreDb::on_disk(&Disk::of(image)).and_then(|db| contents(&db));
+            let twice = twice.unwrap_or_else(|e| panic!("cut {cut}, luck {luck}, again at {again}: {e:?}"));
+            assert!(fine(&twice), "cut {cut}, luck {luck}, again at {again}: neither change {done} nor the next");
             if cut % 16 == 0 {
                 // It is usable, not only readable.
                 db.register(batch(&crowd(241, 9))).unwrap();

@@ -13,7 +13,7 @@ use larder_store::{LocalStore, StoreError};
 use larder_store_db::graph::{closure_of, neighbours_of};
 use larder_store_db::{Graph, Walk};
 
-use super::store::{StoreOpError, open};
+use super::store::{StoreOpError, must_be_there, open};
 use crate::applets::Context;
 use crate::args::nix_store::{Query, QueryKind};
 use crate::args::shown;
@@ -147,6 +147,7 @@ impl Asked<'_> {
     /// The outputs of a derivation, ascending; anything else stands for itself.
     fn outputs(&self, path: &StorePath) -> Result<BTreeSet<StorePath>, Failure> {
         let outputs = if path.is_derivation() {
+            must_be_there(self.store, path)?;
             self.store.derivation_outputs(path)?.into_values().collect()
         } else {
             BTreeSet::from([path.clone()])

@@ -1,7 +1,7 @@
 //! The operations of `nix-store` on a local store, but for queries.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,9 +10,10 @@ use larder_core::content_address::Method;
 use larder_core::hash::Algorithm;
 use larder_core::report::{Level, Progress, Reporter};
 use larder_core::settings::Settings;
-use larder_core::store_path::{Name, NameError};
+use larder_core::store_path::{Name, NameError, StorePath};
 use larder_fs::layout::Access;
 use larder_fs::path_lock::HeldLocks;
+use larder_store::collect::{CollectOptions, Freed};
 use larder_store::delete::DeleteOptions;
 use larder_store::ingest::ContentAddressed;
 use larder_store::register::RegisterOptions;
@@ -20,6 +21,7 @@ use larder_store::verify::VerifyOptions;
 use larder_store::{LocalStore, Options};
 
 use crate::applets::Context;
+use crate::args::nix_store::GcAction;
 use crate::args::shown;
 use crate::conf::{self, Facts, StoreChoice, choose};
 use crate::daemon::StoreOptions;
@@ -39,6 +41,10 @@ pub(in crate::applets) enum StoreOpError {
     NotLocal { uri: String },
     #[error("path '{path}' does not exist")]
     NoFile { path: String },
+    #[error("path '{path}' does not exist and cannot be created")]
+    CannotBeCreated { path: String },
+    #[error("path '{path}' is not a derivation")]
+    NoDerivation { path: String },
     #[error("'{path}' has no name that a store object could have")]
     NoName { path: String },
     #[error("'{name}' cannot be the name of a store object")]
@@ -120,6 +126,8 @@ pub(in crate::applets) fn open_for_daemon(
     };
     let base = store.options().clone();
     let options = move |settings: &Settings| Options {
+        free_space_file: base.free_space_file.clone(),
+        gc_sync_file: base.gc_sync_file.clone(),
         db_dir: base.db_dir.clone(),
         held_locks: base.held_locks.clone(),
         ..of_settings(settings)
@@ -162,6 +170,8 @@ impl larder_wire::serve::server::Session for RemoteSession {
 /// What of the settings and the environment concerns a local store.
 fn store_options(cx: &Context, settings: &Settings, local: &conf::LocalStore) -> Options {
     Options {
+        free_space_file: cx.env.get_filled("_NIX_TEST_FREE_SPACE_FILE").map(Into::into),
+        gc_sync_file: cx.env.get_filled("_NIX_TEST_GC_SYNC").map(Into::into),
         db_dir: Some(local.db_dir.clone()),
         held_locks: cx.env.get("NIX_HELD_LOCKS").map(|v| HeldLocks::parse(v.as_bytes())).unwrap_or_default(),
         ..of_settings(settings)
@@ -179,6 +189,10 @@ fn of_settings(settings: &Settings) -> Options {
         gc_reserved_space_bytes: u64::try_from(settings.gc_reserved_space).unwrap_or(0),
         keep_outputs: settings.keep_outputs,
         keep_derivations: settings.keep_derivations,
+        min_free_bytes: settings.min_free,
+        max_free_bytes: settings.max_free,
+        min_free_check_interval_s: settings.min_free_check_interval,
+        auto_optimise_store: settings.auto_optimise_store,
         sync: settings.fsync_metadata,
         ..Options::default()
     }
@@ -243,10 +257,16 @@ pub(super) fn export(cx: &Context, settings: &Settings, paths: &[OsString]) -> R
 
 pub(super) fn import(cx: &Context, settings: &Settings) -> Result<(), Failure> {
     let store = open(cx, settings, Access::ReadWrite)?;
-    let mut out = Printer::new(Output::Listing);
+    // Printed when all is there: a stream that ends in an error prints nothing, as in real Nix.
+    let mut imported = Vec::new();
     store.import(io::stdin().lock(), |path| {
-        writeln!(out, "{}", store.dir().display(path)).map_err(larder_store::StoreError::Output)
+        imported.push(path.clone());
+        Ok(())
     })?;
+    let mut out = Printer::new(Output::Listing);
+    for path in &imported {
+        out.line(store.dir().display(path))?;
+    }
     Ok(out.finish()?)
 }
 
@@ -325,12 +345,68 @@ pub(super) fn delete(
 ) -> Result<(), Failure> {
     let store = open(cx, settings, Access::ReadWrite)?;
     let paths = store_paths(store.dir(), paths)?;
-    let mut freed = larder_store::delete::Freed::default();
+    let mut freed = Freed::default();
     let outcome = store.delete(&paths, DeleteOptions { ignore_liveness }, &mut freed);
+    print_freed(freed)?;
+    Ok(outcome?)
+}
+
+/// What a deletion prints, however it ended.
+fn print_freed(freed: Freed) -> Result<(), Failure> {
     let mut out = Printer::new(Output::Listing);
     out.line(format_args!("{} store paths deleted, {} freed", freed.paths, mib(freed.bytes)))?;
-    out.finish()?;
-    Ok(outcome?)
+    Ok(out.finish()?)
+}
+
+/// `--gc`
+pub(in crate::applets) fn collect(
+    cx: &Context,
+    settings: &Settings,
+    action: GcAction,
+    max_freed_bytes: Option<u64>,
+) -> Result<(), Failure> {
+    if action == GcAction::Delete {
+        let store = open(cx, settings, Access::ReadWrite)?;
+        let mut freed = Freed::default();
+        let outcome = store.collect(CollectOptions { max_freed_bytes }, &mut freed);
+        print_freed(freed)?;
+        return Ok(outcome?);
+    }
+    let store = open(cx, settings, Access::ReadOnly)?;
+    let mut out = Printer::new(Output::Listing);
+    if action == GcAction::PrintRoots {
+        for root in store.all_roots()? {
+            out.line(root.display(store.dir()))?;
+        }
+        return Ok(out.finish()?);
+    }
+    let say = |text: &str| cx.terminal.message(Level::Info, format_args!("{text}"));
+    say("finding garbage collector roots...");
+    let survey = store.survey()?;
+    // Nothing is looked at when nothing may be deleted, as in Nix.
+    if max_freed_bytes != Some(0) {
+        say("determining live/dead paths...");
+        let names = if action == GcAction::PrintLive { survey.live_names() } else { survey.dead_names() };
+        for name in names {
+            out.bytes(store.dir().as_str().as_bytes())?;
+            out.bytes(b"/")?;
+            out.bytes(name)?;
+            out.bytes(b"\n")?;
+        }
+    }
+    Ok(out.finish()?)
+}
+
+/// `--optimise`
+pub(super) fn optimise(cx: &Context, settings: &Settings) -> Result<(), Failure> {
+    let store = open(cx, settings, Access::ReadWrite)?;
+    let outcome = store.optimise();
+    if let Ok(saved) | Err(larder_store::StoreError::NotLinked { saved, .. }) = &outcome {
+        let text = format_args!("{} freed by hard-linking {} files", mib(saved.bytes), saved.files);
+        cx.terminal.message(Level::Notice, text);
+    }
+    outcome?;
+    Ok(())
 }
 
 /// A number of bytes in mebibytes, two decimals: `0.01 MiB`.
@@ -343,10 +419,21 @@ pub(in crate::applets) fn mib(bytes: u64) -> String {
 pub(super) fn print_env(cx: &Context, settings: &Settings, derivation: &OsStr) -> Result<(), Failure> {
     let store = open(cx, settings, Access::ReadOnly)?;
     let path = store.dir().parse(derivation.as_bytes())?;
-    store.info(&path)?;
+    must_be_there(&store, &path)?;
+    if !path.is_derivation() {
+        return Err(StoreOpError::NoDerivation { path: store.dir().full(&path) }.into());
+    }
     let mut out = Printer::new(Output::Listing);
     out.bytes(&larder_core::derivation::options::print_env(&store.derivation(&path)?))?;
     Ok(out.finish()?)
+}
+
+/// Fails for a derivation that is not valid and that nothing can bring.
+pub(super) fn must_be_there(store: &LocalStore, path: &StorePath) -> Result<(), Failure> {
+    if store.is_valid(path)? {
+        return Ok(());
+    }
+    Err(StoreOpError::CannotBeCreated { path: store.dir().full(path) }.into())
 }
 
 pub(super) fn query_failed_paths(cx: &Context, settings: &Settings) -> Result<(), Failure> {

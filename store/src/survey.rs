@@ -1,0 +1,156 @@
+//! What is alive and what is garbage, at one moment.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
+
+use larder_core::hash_part::HashPart;
+use larder_core::store_path::StorePath;
+use larder_fs::file_error::FileError;
+use larder_fs::lock_file::LockFile;
+use larder_gc::live::{self, Rules};
+use larder_gc::roots::{self, Found, Root, RootKind, StaleLinks};
+use larder_store_db::graph::NodeSet;
+use larder_store_db::{Graph, Node};
+use rustc_hash::FxHashSet;
+
+use crate::broom::is_trash;
+use crate::error::StoreError;
+use crate::local::LocalStore;
+
+/// The store as a collector sees it.
+#[derive(Debug)]
+pub struct Survey {
+    /// All valid paths.
+    pub graph: Graph,
+    pub rules: Rules,
+    /// Sorted, all kinds.
+    pub roots: Vec<Root>,
+    pub live: NodeSet,
+    /// Entries of the store directory that are no valid path, and that nobody needs.
+    pub invalid: Vec<OsString>,
+    /// Hash parts of temporary roots: they keep what is not valid, too.
+    pub(crate) temporary: FxHashSet<HashPart>,
+    /// What killed runs have moved aside.
+    pub(crate) trash: Vec<OsString>,
+    /// What may hide roots.
+    pub unreadable: Vec<FileError>,
+    /// Keep owners of temporary roots of the style of Nix 1.8 waiting.
+    pub(crate) _legacy_locks: Vec<LockFile>,
+}
+
+impl Survey {
+    /// All valid paths that nothing keeps.
+    pub fn dead(&self) -> NodeSet {
+        live::complement(&self.graph, &self.live)
+    }
+
+    /// Base names of live paths, ascending.
+    pub fn live_names(&self) -> Vec<&[u8]> {
+        self.live.iter().map(|node| self.graph.base_name(node).as_bytes()).collect()
+    }
+
+    /// Base names of all that would be deleted and looks like a store path, ascending.
+    pub fn dead_names(&self) -> Vec<&[u8]> {
+        let dead = self.dead();
+        let valid = dead.iter().map(|node| self.graph.base_name(node).as_bytes());
+        let invalid = self.invalid.iter().map(|name| name.as_bytes());
+        let mut names: Vec<&[u8]> =
+            valid.chain(invalid.filter(|name| StorePath::from_base_name(name).is_ok())).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// The valid paths that some roots stand for.
+    pub fn nodes<'a>(&'a self, roots: &'a [Root]) -> impl Iterator<Item = Node> + 'a {
+        roots.iter().filter_map(|root| match root.kind {
+            RootKind::Temporary => self.graph.by_hash_part(root.path.hash_part()),
+            _ => self.graph.node(&root.path),
+        })
+    }
+}
+
+/// What a name in the store directory stands for.
+pub(crate) enum Entry {
+    /// Not looked at: `.links`.
+    Ours,
+    Trash,
+    Valid,
+    /// Has the form of a store path.
+    Invalid(HashPart),
+    Junk,
+}
+
+pub(crate) fn entry_kind(graph: &Graph, name: &OsStr) -> Entry {
+    if name == ".links" {
+        return Entry::Ours;
+    }
+    if is_trash(name) {
+        return Entry::Trash;
+    }
+    match StorePath::from_base_name(name.as_bytes()) {
+        Ok(path) if graph.node(&path).is_some() => Entry::Valid,
+        Ok(path) => Entry::Invalid(path.hash_part()),
+        Err(_) => Entry::Junk,
+    }
+}
+
+impl LocalStore {
+    /// What of the settings says which paths others keep.
+    pub fn rules(&self) -> Rules {
+        Rules { keep_outputs: self.options().keep_outputs, keep_derivations: self.options().keep_derivations }
+    }
+
+    /// All roots, sorted by link and path; what could not be read is told and passed over.
+    pub fn all_roots(&self) -> Result<Vec<Root>, StoreError> {
+        Ok(self.roots()?.roots)
+    }
+
+    /// Looks at everything. Nothing is locked and nothing deleted: what comes and goes meanwhile may
+    /// be seen or not.
+    pub fn survey(&self) -> Result<Survey, StoreError> {
+        self.survey_with(StaleLinks::Keep)
+    }
+
+    /// A collector that is about to delete has the lock, and listens, before it calls this.
+    ///
+    /// The order matters: the temporary roots, then the ledger, then links and processes, then the
+    /// directory. See `docs/gc-protocol.md`.
+    pub(crate) fn survey_with(&self, stale: StaleLinks) -> Result<Survey, StoreError> {
+        let temporary = roots::temporary(self.layout(), stale, self.reporter())?;
+        let graph = self.read(|txn| Ok(Graph::load(txn)?))?;
+        let mut valid = |path: &StorePath| Ok::<_, Box<StoreError>>(graph.node(path).is_some());
+        let lasting = roots::lasting(self.layout(), stale, &mut valid, self.reporter());
+        let lasting = lasting.map_err(|error| StoreError::Roots(Box::new(error)))?;
+        let Found { mut roots, mut unreadable, legacy_locks } = temporary;
+        let temporary: FxHashSet<HashPart> = roots.iter().map(|root| root.path.hash_part()).collect();
+        roots.extend(lasting.roots);
+        roots.sort();
+        unreadable.extend(lasting.unreadable);
+        let mut survey = Survey {
+            live: NodeSet::new(&graph),
+            graph,
+            rules: self.rules(),
+            roots,
+            invalid: Vec::new(),
+            temporary,
+            trash: Vec::new(),
+            unreadable,
+            _legacy_locks: legacy_locks,
+        };
+        survey.live = live::live(&survey.graph, survey.nodes(&survey.roots), survey.rules);
+        let names = match self.entry_names() {
+            // There is no store yet.
+            Err(StoreError::File(e)) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            names => names?,
+        };
+        for name in names {
+            match entry_kind(&survey.graph, &name) {
+                Entry::Ours | Entry::Valid => {}
+                Entry::Trash => survey.trash.push(name),
+                Entry::Invalid(hash_part) if survey.temporary.contains(&hash_part) => {}
+                Entry::Invalid(_) | Entry::Junk => survey.invalid.push(name),
+            }
+        }
+        Ok(survey)
+    }
+}
