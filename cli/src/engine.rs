@@ -304,7 +304,12 @@ impl Store for Engine {
                 DerivedPath::Opaque(_) => BuildStatus::NoSubstituters,
                 DerivedPath::Built { .. } => BuildStatus::MiscFailure,
             };
-            let error = not_yet(CANNOT_BUILD).to_string();
+            // Where there is nobody to fetch from there is nothing left undone.
+            let nobody = self.settings.substituters.is_empty() || !self.settings.substitute;
+            let error = match target {
+                DerivedPath::Opaque(_) if nobody => String::new(),
+                _ => not_yet(CANNOT_BUILD).to_string(),
+            };
             Ok(BuildResult { status, error, ..BuildResult::default() })
         };
         targets.iter().map(each).collect()

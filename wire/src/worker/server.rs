@@ -306,7 +306,11 @@ impl Connection<'_> {
             }
             Request::EnsurePath(r) => {
                 let targets = [DerivedPath::Opaque(r.path.clone())];
-                let results = self.session.store().build(&targets, BuildMode::Normal)?;
+                let mut results = self.session.store().build(&targets, BuildMode::Normal)?;
+                for result in results.iter_mut().filter(|result| result.error.is_empty()) {
+                    let path = self.host.dir().display(&r.path);
+                    result.error = format!("path '{path}' does not exist and cannot be created");
+                }
                 whole(self.host.dir(), &targets, results)?;
                 self.reply(&r, &One)
             }
@@ -621,10 +625,6 @@ pub(crate) fn whole(dir: &StoreDir, targets: &[DerivedPath], results: Vec<BuildR
     match failed.as_slice() {
         [] => Ok(()),
         [(_, result)] if !result.error.is_empty() => Err(StoreError::new(kind, result.error.clone())),
-        [(target, _)] if matches!(target, DerivedPath::Opaque(_)) => {
-            let path = dir.display(target.path());
-            Err(StoreError::new(kind, format!("path '{path}' does not exist and cannot be created")))
-        }
         several => {
             let names: Vec<String> = several
                 .iter()
