@@ -487,7 +487,7 @@ mod tests {
                 client.nar(&added.path, &mut back).unwrap();
                 assert_eq!(back, nar);
                 // An error of the server, also amid data, leaves the connection as it was.
-                let bad = client.add_content(&new, &mut &[9; 300_000][..]).unwrap_err();
+                let bad = client.add_content(&new, &mut vec![9; 300_000].as_slice()).unwrap_err();
                 assert!(bad.to_string().starts_with("bad archive"), "{bad}");
                 let none = "0c0mv0v7jmmvwkr0fqm8jrc4clmz2w1c-none".parse().unwrap();
                 let error = client.nar(&none, &mut Vec::new()).unwrap_err();
