@@ -124,7 +124,7 @@ impl AddressCheck {
 /// What was taken from a source of objects.
 enum Took<'s> {
     /// Whole, and to be sealed.
-    Object(Incoming<'s>, PathInfo),
+    Object(Box<(Incoming<'s>, PathInfo)>),
     /// It is valid already.
     Valid,
     End,
@@ -249,7 +249,7 @@ impl LocalStore {
         let mut waiting: Vec<(Incoming<'_>, PathInfo)> = Vec::new();
         let outcome = loop {
             match self.take_object(source, options, &mut check) {
-                Ok(Took::Object(incoming, info)) => waiting.push((incoming, info)),
+                Ok(Took::Object(object)) => waiting.push(*object),
                 Ok(Took::Valid) => {}
                 Ok(Took::End) => break Ok(()),
                 Err(error) => break Err(error),
@@ -310,7 +310,7 @@ impl LocalStore {
             return Err(StoreError::ImportAddress { path: path(), address: address.clone() });
         }
         let info = PathInfo { nar_size_bytes: incoming.nar_size_bytes, ..info };
-        Ok(Took::Object(incoming, info))
+        Ok(Took::Object(Box::new((incoming, info))))
     }
 
     /// Adds signatures to the record of a valid path.
