@@ -14,7 +14,9 @@ pub const LARDER: &str = env!("CARGO_BIN_EXE_larder");
 
 /// A temporary directory with all directories of a store, known to the programs that it runs.
 pub struct House {
-    dir: TempDir,
+    path: PathBuf,
+    /// Taken away with it, unless somebody else cares for it.
+    _dir: Option<TempDir>,
 }
 
 /// What came of a run.
@@ -34,14 +36,28 @@ impl House {
     /// A house in a directory of one's choice.
     pub fn below(parent: &Path) -> Self {
         let dir = tempfile::Builder::new().prefix("larder-house-").tempdir_in(parent).expect("a temporary directory");
+        let house = Self { path: dir.path().to_owned(), _dir: Some(dir) };
+        house.furnish();
+        house
+    }
+
+    /// A house at this very place, in a directory of the caller's; what was there is taken away.
+    pub fn at(path: &Path) -> Self {
+        let _ = std::fs::remove_dir_all(path);
+        std::fs::create_dir(path).expect("a place for a house");
+        let house = Self { path: path.to_owned(), _dir: None };
+        house.furnish();
+        house
+    }
+
+    fn furnish(&self) {
         for name in ["etc", "home", "work"] {
-            std::fs::create_dir(dir.path().join(name)).expect("a directory in an empty one");
+            std::fs::create_dir(self.path.join(name)).expect("a directory in an empty one");
         }
-        Self { dir }
     }
 
     pub fn path(&self) -> &Path {
-        self.dir.path()
+        &self.path
     }
 
     /// The working directory of what is run.

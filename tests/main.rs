@@ -9,6 +9,7 @@
 
 mod collections;
 mod crash;
+mod daemon;
 mod full_disk;
 mod garbage;
 mod garbage_cuts;

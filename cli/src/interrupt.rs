@@ -40,6 +40,10 @@ struct State {
     lent: AtomicBool,
     /// Work under way that must not be cut off.
     held: AtomicU32,
+    /// Is SIGHUP a wish to read the settings again?
+    reloads: AtomicBool,
+    /// How often that was wished.
+    hangups: AtomicU32,
     /// Have the last words been said?
     said: AtomicBool,
 }
@@ -65,7 +69,14 @@ impl Interrupt {
         signal_hook::flag::register(SIGCHLD, Arc::new(AtomicBool::new(false)))?;
         let watched = interrupt.clone();
         thread::Builder::new().name("signals".to_owned()).spawn(move || {
-            let first = signals.forever().find(|signal| !(*signal == SIGINT && watched.is_lent()));
+            let first = signals.forever().find(|signal| match *signal {
+                SIGINT => !watched.is_lent(),
+                SIGHUP if watched.0.reloads.load(Ordering::SeqCst) => {
+                    watched.0.hangups.fetch_add(1, Ordering::SeqCst);
+                    false
+                }
+                _ => true,
+            });
             if first.is_none() {
                 return;
             }
@@ -121,6 +132,16 @@ impl Interrupt {
     /// Leaves Ctrl-C to a program in the foreground (a pager), or takes it back.
     pub fn lend(&self, lent: bool) {
         self.0.lent.store(lent, Ordering::SeqCst);
+    }
+
+    /// From now on SIGHUP ends nothing: it is counted.
+    pub fn count_hangups(&self) {
+        self.0.reloads.store(true, Ordering::SeqCst);
+    }
+
+    /// How often SIGHUP came since it is counted.
+    pub fn hangups(&self) -> u32 {
+        self.0.hangups.load(Ordering::SeqCst)
     }
 
     fn is_lent(&self) -> bool {

@@ -10,6 +10,8 @@ pub mod applets;
 pub mod args;
 pub mod builds;
 pub mod conf;
+pub mod daemon;
+pub mod engine;
 pub mod exit;
 pub mod graphs;
 pub mod interrupt;

@@ -3,6 +3,7 @@
 //! Everything here is a value or a function of values: no files, no clock, no environment and
 //! no `/nix/store` as a constant (a [`store_dir::StoreDir`] is passed).
 
+pub mod api;
 #[cfg(any(test, feature = "testing"))]
 #[expect(clippy::indexing_slicing, reason = "tests may panic")]
 pub mod arb;

@@ -101,7 +101,7 @@ impl Status {
 }
 
 /// The name under which the kernel gives what is open, even if only as a path, or a symlink.
-pub(crate) fn proc_path(fd: BorrowedFd<'_>) -> String {
+pub fn proc_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 

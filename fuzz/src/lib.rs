@@ -8,6 +8,7 @@ pub mod narinfo;
 pub mod registration;
 pub mod settings;
 pub mod store_path;
+pub mod wire;
 
 use larder_core::nar::{Encoder, Event, NarError, Parser};
 
@@ -16,13 +17,16 @@ pub type Body = fn(&[u8]);
 
 /// Every body by its name: that of the target and of the folder below `corpus`.
 pub const BODIES: &[(&str, Body)] = &[
+    ("connection", wire::connection),
     ("drv", drv::drv),
     ("export", export::export),
     ("nar", nar),
     ("narinfo", narinfo::narinfo),
     ("registration", registration::registration),
     ("settings", settings::settings),
+    ("serve", wire::serve_commands),
     ("store_path", store_path::store_path),
+    ("wire", wire::wire),
 ];
 
 /// An archive is read alike however it is cut, and what is accepted is what we would write.

@@ -59,7 +59,7 @@ pub(crate) struct Broom<'r> {
     bin: Sender<Bag>,
     counts: &'r LinkCounts,
     /// Entries of the store directory that are gone.
-    pub(crate) swept: u64,
+    pub(crate) swept: Vec<OsString>,
     /// Entries that could not even be moved aside.
     stuck: u64,
     /// Bytes of what there was no room to move aside.
@@ -84,7 +84,7 @@ impl LocalStore {
         let lock = GcLock::acquire(self.layout(), Sharing::Exclusive, Wait::Yes(&mut wait))?;
         let counts = LinkCounts::new(self.layout().links());
         let (bin, bags) = crossbeam_channel::unbounded();
-        let mut swept = (0, 0, 0);
+        let mut swept = (Vec::new(), 0, 0);
         let (outcome, emptied) = std::thread::scope(|scope| {
             let emptying = scope.spawn(|| self.empty(&bags, &counts));
             let outcome = listen_during(self.layout(), self.reporter(), |desk| {
@@ -92,7 +92,7 @@ impl LocalStore {
                 self.refuse_unless_adopted()?;
                 let counts = &counts;
                 let mut broom =
-                    Broom { store: self, desk, bin, counts, swept: 0, stuck: 0, freed_in_place: 0, number: 0 };
+                    Broom { store: self, desk, bin, counts, swept: Vec::new(), stuck: 0, freed_in_place: 0, number: 0 };
                 let outcome = work(&mut broom);
                 swept = (broom.swept, broom.stuck, broom.freed_in_place);
                 outcome
@@ -101,7 +101,8 @@ impl LocalStore {
             (outcome.unwrap_or_else(|error| Err(error.into())), emptying.join())
         });
         let emptied = emptied.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        freed.paths += swept.0;
+        freed.paths += swept.0.len() as u64;
+        freed.names.extend(swept.0);
         freed.bytes += emptied.bytes + swept.2;
         if matches!(outcome, Ok(()) | Err(StoreError::File(_))) {
             self.clean_links()?;
@@ -205,7 +206,7 @@ impl Broom<'_> {
             self.store.reporter().message(Level::Info, format_args!("deleting '{}'", path.display()));
             match self.move_aside(entry) {
                 Ok(moved) => {
-                    self.swept += 1;
+                    self.swept.push(entry.clone());
                     trash.extend(moved);
                 }
                 Err(error) => {

@@ -28,10 +28,12 @@ pub struct CollectOptions {
 }
 
 /// What is gone.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Freed {
     /// Entries of the store directory.
     pub paths: u64,
+    /// Their names.
+    pub names: Vec<OsString>,
     /// Sizes of files whose last name in the store is gone.
     pub bytes: u64,
 }

@@ -105,6 +105,29 @@ pub enum StoreError {
     NotRegular { path: PathBuf },
     #[error("the store was opened for reading only")]
     ReadOnly,
+    #[error("hash mismatch importing path '{path}';\n  specified: sha256:{}\n  got:       sha256:{}", expected.to_base32(), found.to_base32())]
+    ImportHash { path: String, expected: Sha256Digest, found: Sha256Digest },
+    #[error("size mismatch importing path '{path}';\n  specified: {expected}\n  got:       {found}")]
+    ImportSize { path: String, expected: u64, found: u64 },
+    #[error("ca hash mismatch importing path '{path}': the contents are not what '{address}' says")]
+    ImportAddress { path: String, address: larder_core::content_address::ContentAddress },
+    #[error("cannot add path '{path}' because it lacks a signature by a trusted key")]
+    Unsigned { path: String },
+    #[error("the archive of '{name}' is followed by bytes that do not belong to it")]
+    TrailingBytes { name: String },
+    #[error("cannot add '{name}': objects addressed by the hash of a git tree are not supported")]
+    GitAddress { name: String },
+    #[error("cannot replace '{path}', whose contents have changed: this version of Larder does not do that yet")]
+    CannotReplace { path: String },
+    #[error(transparent)]
+    Nar(#[from] larder_core::nar::NarError),
+    #[error(transparent)]
+    Modulo(#[from] Box<ModuloError<Box<StoreError>>>),
+    /// What the caller of a stream had to say.
+    #[error(transparent)]
+    Api(#[from] larder_core::api::StoreError),
+    #[error(transparent)]
+    Realisation(#[from] larder_core::realisation::RealisationError),
     /// The reporter said that the user wants to stop.
     #[error("interrupted by the user")]
     Interrupted,
@@ -113,6 +136,26 @@ pub enum StoreError {
 impl From<DbError> for StoreError {
     fn from(error: DbError) -> Self {
         Self::Db(error)
+    }
+}
+
+impl From<StoreError> for larder_core::api::StoreError {
+    fn from(error: StoreError) -> Self {
+        use larder_core::api::ErrorKind;
+        let kind = match &error {
+            StoreError::NotValid { .. } => ErrorKind::NotValid,
+            StoreError::Interrupted => ErrorKind::Interrupted,
+            StoreError::Unsigned { .. } => ErrorKind::Refused,
+            StoreError::GitAddress { .. } | StoreError::CannotReplace { .. } => ErrorKind::Unsupported,
+            StoreError::Input(error) | StoreError::Output(error) if error.kind() == io::ErrorKind::OutOfMemory => {
+                ErrorKind::OutOfMemory
+            }
+            _ => ErrorKind::Other,
+        };
+        match error {
+            StoreError::Api(error) => error,
+            other => Self::new(kind, other),
+        }
     }
 }
 

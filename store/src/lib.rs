@@ -5,6 +5,7 @@
 
 pub mod adopt;
 pub mod adoption;
+mod api;
 mod broom;
 pub mod closure;
 pub mod collect;
@@ -17,6 +18,7 @@ pub mod local;
 pub mod optimise;
 pub mod plan;
 pub mod rebuild;
+mod receive;
 pub mod register;
 pub mod room;
 pub mod sqlite;

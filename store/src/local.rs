@@ -86,9 +86,9 @@ pub struct LocalStore {
     reporter: Arc<dyn Reporter + Send + Sync>,
     users: Users,
     access: Access,
-    dirs: OpenDirs,
+    dirs: Arc<OpenDirs>,
     /// `None` only in a store that is opened for reading and has no ledger yet: it is empty.
-    db: Option<StoreDb>,
+    db: Option<Arc<StoreDb>>,
     temp_roots: OnceLock<TempRoots>,
     pub(crate) room: Mutex<crate::room::Room>,
     /// Hashes of derivations seen so far.
@@ -147,13 +147,42 @@ impl LocalStore {
             reporter,
             users,
             access,
-            dirs,
-            db,
+            dirs: Arc::new(dirs),
+            db: db.map(Arc::new),
             temp_roots: OnceLock::new(),
             room: Mutex::default(),
             derivations: Mutex::default(),
             theirs: Mutex::default(),
         })
+    }
+
+    /// The same store for somebody else: with other options, another to tell, and temporary roots
+    /// of its own.
+    #[must_use]
+    pub fn session(&self, options: Options, reporter: Arc<dyn Reporter + Send + Sync>) -> Self {
+        Self {
+            layout: self.layout.clone(),
+            options,
+            reporter,
+            users: self.users.clone(),
+            access: self.access,
+            dirs: Arc::clone(&self.dirs),
+            db: self.db.clone(),
+            temp_roots: OnceLock::new(),
+            room: Mutex::default(),
+            derivations: Mutex::default(),
+            theirs: Mutex::default(),
+        }
+    }
+
+    /// Goes on with other options.
+    pub fn set_options(&mut self, options: Options) {
+        self.options = options;
+    }
+
+    /// The temporary roots of this value.
+    pub fn temp_roots(&self) -> &TempRoots {
+        self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone()))
     }
 
     pub fn layout(&self) -> &Layout {
@@ -198,15 +227,14 @@ impl LocalStore {
         })
     }
 
-    /// Protects paths from collectors until this process ends.
+    /// Protects paths from collectors until this value goes away.
     pub fn add_temp_roots<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) -> Result<(), StoreError> {
-        Ok(self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone())).add_all(paths)?)
+        Ok(self.temp_roots().add_all(paths)?)
     }
 
     /// Makes a link that keeps a path from being collected; gives it as it was made.
     pub fn add_permanent_root(&self, path: &StorePath, link: &Path) -> Result<PathBuf, StoreError> {
-        let temp_roots = self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone()));
-        Ok(larder_gc::add_root::add_permanent(&self.layout, temp_roots, path, link)?)
+        Ok(larder_gc::add_root::add_permanent(&self.layout, self.temp_roots(), path, link)?)
     }
 
     /// Asks the ledger; everything `f` asks is answered from one moment. `f` must be quick.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 
 use larder_core::export::{ExportError, Lead, Next, Step, Trailer, write_lead, write_trailer};
 use larder_core::hash::NarHasher;
@@ -14,34 +14,29 @@ use crate::error::StoreError;
 use crate::ingest::stream_error;
 use crate::local::LocalStore;
 
-/// A source of bytes in blocks, of which the front can be taken off.
-struct Blocks<R> {
-    source: R,
-    block: Box<[u8]>,
-    start: usize,
-    end: usize,
-}
+/// A source of bytes, of which the front can be taken off.
+struct Blocks<'a>(&'a mut dyn BufRead);
 
-impl<R: Read> Blocks<R> {
-    fn new(source: R) -> Self {
-        Self { source, block: vec![0; larder_fs::pipe::BLOCK_BYTES].into(), start: 0, end: 0 }
-    }
-
+impl Blocks<'_> {
     /// What is there, at least one byte; the end of the source is an error.
     fn front(&mut self) -> Result<&[u8], StoreError> {
-        while self.start == self.end {
-            match self.source.read(&mut self.block) {
-                Ok(0) => return Err(ExportError::UnexpectedEnd.into()),
-                Ok(n) => (self.start, self.end) = (0, n),
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(StoreError::Input(e)),
+        // Twice, as what is found cannot be given back from within a loop.
+        while let Err(e) = self.0.fill_buf() {
+            match e.kind() {
+                std::io::ErrorKind::Interrupted => {}
+                std::io::ErrorKind::UnexpectedEof => return Err(ExportError::UnexpectedEnd.into()),
+                _ => return Err(StoreError::Input(e)),
             }
         }
-        Ok(self.block.get(self.start..self.end).unwrap_or_default())
+        match self.0.fill_buf() {
+            Ok([]) => Err(ExportError::UnexpectedEnd.into()),
+            Ok(bytes) => Ok(bytes),
+            Err(e) => Err(StoreError::Input(e)),
+        }
     }
 
     fn take(&mut self, n: usize) {
-        self.start += n;
+        self.0.consume(n);
     }
 
     /// Feeds a reader until it is done.
@@ -134,9 +129,18 @@ impl LocalStore {
     pub fn import(
         &self,
         source: impl Read,
+        each: impl FnMut(&StorePath) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        self.import_from(&mut BufReader::with_capacity(larder_fs::pipe::BLOCK_BYTES, source), each)
+    }
+
+    /// The same, and takes nothing that follows the stream.
+    pub fn import_from(
+        &self,
+        source: &mut dyn BufRead,
         mut each: impl FnMut(&StorePath) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        let mut blocks = Blocks::new(source);
+        let mut blocks = Blocks(source);
         let mut arrivals = self.arrivals();
         let mut seen: Vec<StorePath> = Vec::new();
         let mut outcome = Ok(());
@@ -161,9 +165,9 @@ impl LocalStore {
     }
 
     /// Seals one object of a stream; `None` at its end.
-    fn import_one<R: Read>(
+    fn import_one(
         &self,
-        blocks: &mut Blocks<R>,
+        blocks: &mut Blocks<'_>,
         arrivals: &mut crate::ingest::Arrivals<'_>,
     ) -> Result<Option<StorePath>, StoreError> {
         let mut lead = Lead::new();

@@ -5,6 +5,7 @@
 pub mod larder;
 mod nar;
 pub mod nix_collect_garbage;
+mod nix_daemon;
 pub mod nix_hash;
 pub mod nix_store;
 
@@ -36,6 +37,7 @@ pub struct Applet {
 
 pub const APPLETS: &[Applet] = &[
     Applet { name: "nix-store", about: "manipulate or query the Nix store", run: nix_store::run },
+    Applet { name: "nix-daemon", about: "serve the store to other users and machines", run: nix_daemon::run },
     Applet { name: "nix-collect-garbage", about: "delete unreachable store paths", run: nix_collect_garbage::run },
     Applet { name: "nix-hash", about: "compute the cryptographic hash of a path", run: nix_hash::run },
 ];
@@ -147,7 +149,7 @@ mod tests {
 
     #[test]
     fn help_fits_a_terminal() {
-        for text in [nix_store::HELP, nix_hash::HELP, nix_collect_garbage::HELP] {
+        for text in [nix_store::HELP, nix_hash::HELP, nix_collect_garbage::HELP, nix_daemon::HELP] {
             for line in text.lines() {
                 assert!(line.chars().count() <= 80, "{line}");
                 assert_eq!(line.trim_end(), line);

@@ -20,7 +20,6 @@ use larder_core::store_dir::StoreDir;
 use larder_core::store_path::{Name, StorePath};
 
 use larder_fs::layout::Access;
-use store::StoreOpError;
 
 use super::nar::{dump_options, dump_to, restore_from, restore_options};
 use super::{Context, print, version};
@@ -137,7 +136,7 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::PrintEnv { derivation } => store::print_env(cx, &settings, &derivation)?,
         Command::QueryFailedPaths => store::query_failed_paths(cx, &settings)?,
         Command::ClearFailedPaths { paths } => store::clear_failed_paths(cx, &settings, &paths)?,
-        Command::Serve { .. } => return Err(StoreOpError::NotYet { what: "cannot serve the store" }.into()),
+        Command::Serve { write } => store::serve(cx, settings, write)?,
     }
     Ok(Status::SUCCESS)
 }

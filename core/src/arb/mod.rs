@@ -2,6 +2,7 @@
 //!
 //! For tests only (feature `testing`).
 
+pub mod api;
 pub mod derivation;
 pub mod nar;
 pub mod paths;

@@ -230,6 +230,17 @@ impl<'a> Parser<'a> {
     }
 }
 
+/// An output from the three fields that stand for it in a `.drv` file and in protocols.
+pub fn output_from_fields(
+    dir: &StoreDir,
+    drv_name: &Name,
+    output: &OutputName,
+    fields: [&[u8]; 3],
+) -> Result<Output, DerivationError> {
+    let [path, algorithm, hash] = fields.map(Cow::Borrowed);
+    OutputFields { at: 0, path, algorithm, hash }.into_output(dir, drv_name, output)
+}
+
 fn parse_path(dir: &StoreDir, text: &[u8], at: usize) -> Result<StorePath, DerivationError> {
     dir.parse(text).map_err(|source| DerivationError::Path { path: shown(text).to_string(), at, source })
 }

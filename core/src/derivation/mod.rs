@@ -169,7 +169,7 @@ impl Output {
     }
 
     /// `[r:|git:|text:]ALGORITHM` and the hash as they stand in a `.drv` file.
-    fn hash_fields(&self) -> (String, String) {
+    pub fn hash_fields(&self) -> (String, String) {
         let algo = |method: OutputMethod, algorithm: Algorithm| format!("{}{algorithm}", method.prefix());
         match self {
             Self::InputAddressed(_) | Self::Deferred => (String::new(), String::new()),

@@ -24,6 +24,9 @@ use crate::applets::Context;
 use crate::args::nix_store::GcAction;
 use crate::args::shown;
 use crate::conf::{self, Facts, StoreChoice, choose};
+use crate::daemon::StoreOptions;
+use crate::daemon::socket::StdoutWriter;
+use crate::engine::Engine;
 use crate::exit::{Failure, Status};
 use crate::interrupt::Interrupt;
 use crate::paths::{absolute, store_path, store_paths};
@@ -46,8 +49,6 @@ pub(in crate::applets) enum StoreOpError {
     NoName { path: String },
     #[error("'{name}' cannot be the name of a store object")]
     Name { name: String, source: NameError },
-    #[error("{what}: this version of Larder does not do that yet (see SHORTCOMINGS.md)")]
-    NotYet { what: &'static str },
 }
 
 /// Tells the terminal, and asks whether the user wants us to stop.
@@ -114,7 +115,79 @@ fn open_local(
     local: conf::LocalStore,
     access: Access,
 ) -> Result<LocalStore, Failure> {
-    let options = Options {
+    let options = store_options(cx, settings, &local);
+    let voice = Arc::new(Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() });
+    let store = LocalStore::open(local.layout, options, access, voice)?;
+    store.tell_of_real_nix()?;
+    Ok(store)
+}
+
+/// Opens the local store for a daemon, and says how options of it follow from settings.
+pub(in crate::applets) fn open_for_daemon(
+    cx: &Context,
+    settings: &Settings,
+) -> Result<(LocalStore, StoreOptions, conf::LocalStore), Failure> {
+    let store = open(cx, settings, Access::ReadWrite)?;
+    let StoreChoice::Local(local) = choose(&settings.store, &cx.env, Facts::gather(&cx.env, true)?)? else {
+        return Err(StoreOpError::NotLocal { uri: settings.store.clone() }.into());
+    };
+    let base = store.options().clone();
+    let options = move |settings: &Settings| Options {
+        free_space_file: base.free_space_file.clone(),
+        gc_sync_file: base.gc_sync_file.clone(),
+        db_dir: base.db_dir.clone(),
+        held_locks: base.held_locks.clone(),
+        ..of_settings(settings)
+    };
+    Ok((store, Box::new(options), local))
+}
+
+/// `--serve`: commands of another machine on standard input and output.
+pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(), Failure> {
+    let access = if write { Access::ReadWrite } else { Access::ReadOnly };
+    let local = open(cx, &settings, access)?;
+    let mut session = RemoteSession { engine: Engine { local, settings } };
+    let mut input = io::BufReader::with_capacity(64 << 10, io::stdin());
+    let mut output = io::BufWriter::with_capacity(64 << 10, StdoutWriter::new()?);
+    Ok(larder_wire::serve::server::serve(&mut input, &mut output, &mut session, write)?)
+}
+
+/// The store of a remote command.
+struct RemoteSession {
+    engine: Engine,
+}
+
+impl larder_wire::serve::server::Session for RemoteSession {
+    fn store(&self) -> &dyn larder_core::api::Store {
+        &self.engine
+    }
+
+    fn configure_builds(&mut self, options: &larder_wire::serve::ops::BuildOptions) {
+        let seconds = |s: u64| i64::try_from(s).unwrap_or(i64::MAX);
+        let settings = &mut self.engine.settings;
+        settings.max_silent_time = seconds(options.max_silent_time_s);
+        settings.timeout = seconds(options.build_timeout_s);
+        settings.max_build_log_size = options.max_log_size_bytes;
+        settings.keep_failed = options.keep_failed;
+        // The other side has looked for substitutes already.
+        settings.substitute = false;
+    }
+}
+
+/// What of the settings and the environment concerns a local store.
+fn store_options(cx: &Context, settings: &Settings, local: &conf::LocalStore) -> Options {
+    Options {
+        free_space_file: cx.env.get_filled("_NIX_TEST_FREE_SPACE_FILE").map(Into::into),
+        gc_sync_file: cx.env.get_filled("_NIX_TEST_GC_SYNC").map(Into::into),
+        db_dir: Some(local.db_dir.clone()),
+        held_locks: cx.env.get("NIX_HELD_LOCKS").map(|v| HeldLocks::parse(v.as_bytes())).unwrap_or_default(),
+        ..of_settings(settings)
+    }
+}
+
+/// What of the settings concerns a local store.
+fn of_settings(settings: &Settings) -> Options {
+    Options {
         use_case_hack: settings.use_case_hack,
         allow_symlinked_store: settings.allow_symlinked_store,
         build_users_group: settings.build_users_group.clone(),
@@ -127,16 +200,9 @@ fn open_local(
         max_free_bytes: settings.max_free,
         min_free_check_interval_s: settings.min_free_check_interval,
         auto_optimise_store: settings.auto_optimise_store,
-        free_space_file: cx.env.get_filled("_NIX_TEST_FREE_SPACE_FILE").map(Into::into),
-        gc_sync_file: cx.env.get_filled("_NIX_TEST_GC_SYNC").map(Into::into),
         sync: settings.fsync_metadata,
-        db_dir: Some(local.db_dir),
-        held_locks: cx.env.get("NIX_HELD_LOCKS").map(|v| HeldLocks::parse(v.as_bytes())).unwrap_or_default(),
-    };
-    let voice = Arc::new(Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() });
-    let store = LocalStore::open(local.layout, options, access, voice)?;
-    store.tell_of_real_nix()?;
-    Ok(store)
+        ..Options::default()
+    }
 }
 
 /// What a file is called in the store: the last part of its path.
@@ -288,12 +354,12 @@ pub(super) fn delete(
     let paths = store_paths(store.dir(), paths)?;
     let mut freed = Freed::default();
     let outcome = store.delete(&paths, DeleteOptions { ignore_liveness }, &mut freed);
-    print_freed(freed)?;
+    print_freed(&freed)?;
     Ok(outcome?)
 }
 
 /// What a deletion prints, however it ended.
-fn print_freed(freed: Freed) -> Result<(), Failure> {
+fn print_freed(freed: &Freed) -> Result<(), Failure> {
     let mut out = Printer::new(Output::Listing);
     out.line(format_args!("{} store paths deleted, {} freed", freed.paths, mib(freed.bytes)))?;
     Ok(out.finish()?)
@@ -310,7 +376,7 @@ pub(in crate::applets) fn collect(
         let store = open(cx, settings, Access::ReadWrite)?;
         let mut freed = Freed::default();
         let outcome = store.collect(CollectOptions { max_freed_bytes }, &mut freed);
-        print_freed(freed)?;
+        print_freed(&freed)?;
         return Ok(outcome?);
     }
     let store = open(cx, settings, Access::ReadOnly)?;
