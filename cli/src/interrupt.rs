@@ -2,7 +2,7 @@
 //!
 //! SIGINT, SIGTERM and SIGHUP end the process with status 1 and `interrupted by the user`. Work
 //! that takes long asks [`Interrupt::check`] now and then, so that it can tidy up; what does not
-//! ask, as it waits for a pipe, is cut off after [`GRACE`]. A store is safe at any point, so being
+//! ask, as it waits for a pipe, is cut off after `GRACE`. A store is safe at any point, so being
 //! cut off costs disk space until the next collection and nothing else. A second signal does
 //! not wait. Source: cli, rule 1.11.
 

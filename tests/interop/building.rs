@@ -94,7 +94,8 @@ fn same_builds(sandboxed: bool) {
         }
     }
     assert_eq!(mine.len(), theirs.len());
-    for (derivation, log) in &their_logs {
+    // Builders that are part of real Nix write its own messages, as JSON with random numbers.
+    for (derivation, log) in their_logs.iter().filter(|(_, log)| !log.starts_with("@nix")) {
         assert_eq!(our_logs.get(derivation), Some(log), "log of {derivation}");
     }
     let verified = run(ours().args(["--verify", "--check-contents"]), b"");

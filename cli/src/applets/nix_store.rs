@@ -1,6 +1,6 @@
 //! `nix-store`: from its words to what is done.
 //!
-//! The operations that need no store are here and in [`keys`]; the words are in
+//! The operations that need no store are here and in `keys`; the words are in
 //! [`args::nix_store`](crate::args::nix_store).
 
 mod keys;

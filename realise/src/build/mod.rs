@@ -2,8 +2,8 @@
 //!
 //! The order is that of building, sections 2.9 to 2.15: the outputs are locked, then looked at
 //! once more; a build user and a directory are taken; the builder is run ([`run`]) with what
-//! [`environment`] says it is given, in what [`chroot`] says it sees; what it leaves behind is
-//! taken in and registered ([`outputs`]). Whatever ends a build early, nothing of it stays: every
+//! [`environment`] says it is given, in what `chroot` says it sees; what it leaves behind is
+//! taken in and registered (`outputs`). Whatever ends a build early, nothing of it stays: every
 //! piece deletes itself when it is dropped, and after a crash the [`journal`] knows what to delete.
 
 pub mod attrs;
