@@ -33,7 +33,7 @@ use larder_core::derivation::{Kind, OutputName};
 use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
 use larder_core::report::Level;
-use larder_core::settings::Settings;
+use larder_core::settings::{Sandbox, Settings};
 use larder_core::store_path::StorePath;
 use larder_fs::lock_file::Wait;
 use larder_fs::path_lock::{OnRelease, PathLocks};
@@ -41,7 +41,7 @@ use larder_fs::users::Users;
 use larder_sandbox::launch::Launcher;
 use larder_store::LocalStore;
 
-use self::users::BuildUser;
+use self::users::{BuildUser, UsersError};
 use crate::job::{Failure, FailureKind, Job, Mode, Outcome, Watch};
 
 /// What builds depend on beside the store and the derivation.
@@ -336,6 +336,10 @@ fn inputs(store: &LocalStore, job: &Job) -> Result<BTreeSet<StorePath>, Failure>
     Ok(store.closure(&roots)?)
 }
 
+/// The group of build users where none is named. Where it does not exist, which is a machine on
+/// which nothing was set up, root's builds run under ids that belong to nobody.
+const DEFAULT_GROUP: &str = "nixbld";
+
 /// A build user where one is needed: `None` if all are taken, `Some(None)` if none is needed.
 #[expect(clippy::option_option, reason = "not needed and not to be had are two things")]
 fn build_user(build: &Build<'_>) -> Result<Option<Option<BuildUser>>, Failure> {
@@ -343,7 +347,19 @@ fn build_user(build: &Build<'_>) -> Result<Option<Option<BuildUser>>, Failure> {
     if group.is_empty() || !rustix::process::geteuid().is_root() {
         return Ok(Some(None));
     }
-    Ok(users::acquire(build.store.layout(), &build.settings.users, group)?.map(Some))
+    let values = &build.settings.values;
+    let (layout, range) = (build.store.layout(), users::Range { start: values.start_id, count: values.id_count });
+    // An id that belongs to nobody has no right to the store itself, so it needs a sandbox.
+    let sandboxed = values.sandbox == Sandbox::On;
+    if values.auto_allocate_uids && sandboxed {
+        return Ok(users::allocate(layout, range)?.map(Some));
+    }
+    match users::acquire(layout, &build.settings.users, group) {
+        Err(UsersError::NoGroup { group }) if sandboxed && group == DEFAULT_GROUP => {
+            Ok(users::allocate(layout, range)?.map(Some))
+        }
+        outcome => Ok(outcome?.map(Some)),
+    }
 }
 
 impl Build<'_> {

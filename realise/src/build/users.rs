@@ -18,8 +18,19 @@ pub struct BuildUser {
     pub gid: u32,
     /// The groups of the account, for builds without a sandbox (`kvm`).
     pub groups: Vec<u32>,
-    _lock: LockFile,
+    _locks: Vec<LockFile>,
 }
+
+/// Ids that belong to no account, for builds in a sandbox where there are no build users. Each is
+/// the first of a slot of 65,536, as real Nix lays them out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    pub start: u32,
+    pub count: u32,
+}
+
+/// Ids in one slot.
+const SLOT: u32 = 1 << 16;
 
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -56,7 +67,29 @@ pub fn acquire(layout: &Layout, users: &Users, group: &str) -> Result<Option<Bui
             let groups = users.groups_of(&user).map_err(UsersError::Database)?;
             // What belongs to root's group is nothing for a builder.
             let groups = groups.into_iter().filter(|gid| *gid != 0 && *gid != found.gid).collect();
-            return Ok(Some(BuildUser { uid: user.uid, gid: found.gid, groups, _lock: lock }));
+            return Ok(Some(BuildUser { uid: user.uid, gid: found.gid, groups, _locks: vec![lock] }));
+        }
+    }
+    Ok(None)
+}
+
+/// Takes ids of a range that no build uses; `None` if all are in use.
+///
+/// The lock on `$V/userpool2/slot-N` keeps real Nix out.
+pub fn allocate(layout: &Layout, range: Range) -> Result<Option<BuildUser>, UsersError> {
+    let pool = layout.state.join("userpool2");
+    make_dirs(&pool)?;
+    for slot in 0..range.count / SLOT {
+        let Some(uid) = slot.checked_mul(SLOT).and_then(|offset| range.start.checked_add(offset)) else { break };
+        // Root, and the number that means "as it was", are no ids for a builder.
+        if uid == 0 || uid == u32::MAX {
+            continue;
+        }
+        let file = LockFile::open(&pool.join(format!("slot-{slot}")))?;
+        if file.lock(Sharing::Exclusive, &mut Wait::No)?
+            && let Some(lock) = lock(layout, uid)?
+        {
+            return Ok(Some(BuildUser { uid, gid: uid, groups: Vec::new(), _locks: vec![file, lock] }));
         }
     }
     Ok(None)
@@ -74,6 +107,24 @@ pub(super) fn lock(layout: &Layout, uid: u32) -> Result<Option<LockFile>, FileEr
 mod tests {
     use super::*;
     use larder_core::store_dir::StoreDir;
+
+    #[test]
+    fn slots_of_a_range_are_used_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::rooted(StoreDir::new("/nix/store").unwrap(), dir.path());
+        let range = Range { start: 872_415_232, count: 3 * SLOT };
+        let get = || allocate(&layout, range).unwrap();
+        let (first, second, third) = (get().unwrap(), get().unwrap(), get().unwrap());
+        assert_eq!([first.uid, second.uid, third.uid], [0, 1, 2].map(|slot| range.start + slot * SLOT));
+        assert_eq!((second.gid, second.groups.len()), (second.uid, 0));
+        assert!(get().is_none());
+        drop(second);
+        assert_eq!(get().unwrap().uid, range.start + SLOT);
+        drop((first, third));
+        assert!(allocate(&layout, Range { start: u32::MAX, count: SLOT }).unwrap().is_none());
+        assert!(allocate(&layout, Range { start: 0, count: SLOT }).unwrap().is_none());
+        assert!(allocate(&layout, Range { start: 1, count: SLOT - 1 }).unwrap().is_none());
+    }
 
     #[test]
     fn each_user_once_and_clear_errors() {
