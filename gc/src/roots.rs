@@ -48,13 +48,27 @@ impl RootKind {
     }
 }
 
-/// A path that must stay. Sorts as listings do: by link, then by path.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// A path that must stay. Sorts as listings do: by the bytes of the link, then by path.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Root {
     /// What listings call it: the user's link, `/proc/PID/...` or `{temp:PID}`.
     pub link: PathBuf,
     pub path: StorePath,
     pub kind: RootKind,
+}
+
+impl Ord for Root {
+    /// Not as paths compare, which is piece by piece, and slow.
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        let links = self.link.as_os_str().as_bytes().cmp(other.link.as_os_str().as_bytes());
+        links.then_with(|| self.path.cmp(&other.path)).then_with(|| self.kind.cmp(&other.kind))
+    }
+}
+
+impl PartialOrd for Root {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 impl Root {
@@ -99,7 +113,7 @@ pub struct Found {
 impl Found {
     fn sort(&mut self) {
         self.roots.sort();
-        self.roots.dedup_by(|a, b| (&a.link, &a.path) == (&b.link, &b.path));
+        self.roots.dedup_by(|a, b| a.link.as_os_str() == b.link.as_os_str() && a.path == b.path);
     }
 
     fn add(&mut self, other: Self) {
@@ -200,7 +214,7 @@ pub fn censored(roots: &[Root]) -> Vec<Root> {
     });
     let sorted: BTreeSet<Root> = roots.collect();
     let mut roots: Vec<Root> = sorted.into_iter().collect();
-    roots.dedup_by(|a, b| (&a.link, &a.path) == (&b.link, &b.path));
+    roots.dedup_by(|a, b| a.link.as_os_str() == b.link.as_os_str() && a.path == b.path);
     roots
 }
 
