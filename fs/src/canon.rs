@@ -189,7 +189,9 @@ impl Canon<'_> {
         let mut subdirs = Vec::new();
         let mut names = Vec::new();
         let mut buffer = std::mem::take(&mut self.buffer);
-        while read_names(fd.as_fd(), &mut buffer, &mut names).map_err(|e| self.error("reading directory", None, e))? > 0
+        while !read_names(fd.as_fd(), &mut buffer, &mut names)
+            .map_err(|e| self.error("reading directory", None, e))?
+            .none
         {
             for (name, _) in names.drain(..) {
                 if let Some(id) = self.entry(fd.as_fd(), &name)? {

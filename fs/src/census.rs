@@ -106,7 +106,7 @@ fn read(
     let fd = open_dir(dir, name)?;
     let mut subdirs = Vec::new();
     let (mut buffer, mut names) = (Vec::new(), Vec::new());
-    while read_names(fd.as_fd(), &mut buffer, &mut names)? > 0 {
+    while !read_names(fd.as_fd(), &mut buffer, &mut names)?.none {
         for (name, kind) in names.drain(..) {
             if kind == FileType::Directory {
                 subdirs.push(name);

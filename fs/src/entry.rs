@@ -43,6 +43,9 @@ pub(crate) const MAX_OPEN: usize = 48;
 /// One read of a directory. It holds more than a thousand names, or a hundred very long ones.
 const READ_BYTES: usize = 32 << 10;
 
+/// What an entry takes of that at most, without its name: 19 bytes, a NUL, and up to 7 of padding.
+const RECORD_BYTES: usize = 27;
+
 /// What `statx` says, in one call, flags of the file system included.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Status {
@@ -134,24 +137,32 @@ pub(crate) fn clear_frozen_at(dir: BorrowedFd<'_>, name: impl Arg + Copy) -> rus
     }
 }
 
-/// One `getdents`: appends names and types, tells how many entries there were, `.` and `..`
-/// included; zero at the end. `buffer` is scratch space.
+/// What one reading of a directory gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Names {
+    /// Nothing came: it has been read to its end.
+    pub(crate) none: bool,
+    /// There was room for more in the buffer, so nothing more will come; on most file systems.
+    pub(crate) looks_done: bool,
+}
+
+/// One `getdents`: appends names and types, without `.` and `..`. `buffer` is scratch space.
 pub(crate) fn read_names(
     dir: BorrowedFd<'_>,
     buffer: &mut Vec<u8>,
     names: &mut Vec<(CString, FileType)>,
-) -> rustix::io::Result<usize> {
+) -> rustix::io::Result<Names> {
     buffer.clear();
     buffer.reserve(READ_BYTES);
     let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
-    let mut count = 0;
+    let mut used_bytes = 0;
     while let Some(entry) = entries.next() {
         let entry = match entry {
             Err(Errno::INTR) => continue,
             other => other?,
         };
-        count += 1;
         let name = entry.file_name();
+        used_bytes += RECORD_BYTES + name.to_bytes().len();
         if name != c"." && name != c".." {
             names.push((name.to_owned(), entry.file_type()));
         }
@@ -159,5 +170,5 @@ pub(crate) fn read_names(
             break;
         }
     }
-    Ok(count)
+    Ok(Names { none: used_bytes == 0, looks_done: used_bytes < READ_BYTES / 2 })
 }

@@ -18,7 +18,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use crate::entry::{
-    MAX_OPEN, Status, Target, clear_frozen, clear_frozen_at, open_dir, open_path, proc_path, read_names,
+    MAX_OPEN, Names, Status, Target, clear_frozen, clear_frozen_at, open_dir, open_path, proc_path, read_names,
 };
 use crate::file_error::{FileError, shown};
 use crate::lock_file::retry;
@@ -114,6 +114,32 @@ pub fn remove_counted(target: Target<'_>, on_failure: OnFailure, links: &LinkCou
     remover.run()
 }
 
+/// [`remove_counted`] of what is no directory; `None`, and nothing done, if it is one.
+pub fn remove_file_counted(target: Target<'_>, links: &LinkCounts) -> Result<Option<Removed>, RemoveError> {
+    let name = target.checked_name("deleting").map_err(|e| RemoveError::new(e, Removed::default()))?;
+    let top = Top { dir: target.dir, path: target.dir_path, name, inside: false };
+    let mut remover = Remover::new(&top, OnFailure::Stop, 0);
+    remover.links = Some(links);
+    match remover.unlink(&top.name) {
+        Ok(Outcome::Gone) => Ok(Some(remover.removed)),
+        Ok(Outcome::IsDirectory) => Ok(None),
+        Err(Stop(error)) => Err(RemoveError::new(error, remover.removed)),
+    }
+}
+
+/// [`remove_counted`] of what is a directory as far as the caller knows, which saves a look at it.
+pub fn remove_directory_counted(
+    target: Target<'_>,
+    on_failure: OnFailure,
+    links: &LinkCounts,
+) -> Result<Removed, RemoveError> {
+    let name = target.checked_name("deleting").map_err(|e| RemoveError::new(e, Removed::default()))?;
+    let top = Top { dir: target.dir, path: target.dir_path, name, inside: false };
+    let mut remover = Remover::new(&top, on_failure, PARALLEL_LEVELS);
+    remover.links = Some(links);
+    remover.run_from(Outcome::IsDirectory)
+}
+
 /// Clears the immutable and append-only flags of an entry, which keep it from being renamed.
 pub fn thaw(target: Target<'_>) -> Result<(), FileError> {
     const DOING: &str = "clearing the flags of";
@@ -190,6 +216,8 @@ struct Level {
     /// Subdirectories of the last read that are still to be entered.
     subdirs: Vec<CString>,
     read_all: bool,
+    /// Is it taken for read when a reading gives less than it could?
+    trusts: bool,
     passes: u32,
     /// Something in it stays, so it stays too, and that is no failure of its own.
     keeps: bool,
@@ -211,6 +239,7 @@ struct Remover<'a> {
 struct Stop(FileError);
 
 /// What became of an entry.
+#[derive(Clone, Copy)]
 enum Outcome {
     Gone,
     IsDirectory,
@@ -223,11 +252,18 @@ impl<'a> Remover<'a> {
     }
 
     fn run(mut self) -> Result<Removed, RemoveError> {
-        let name = self.top.name.clone();
-        let mut result = self.unlink(&name).and_then(|outcome| match outcome {
+        match self.unlink(&self.top.name) {
+            Ok(outcome) => self.run_from(outcome),
+            Err(Stop(error)) => Err(RemoveError::new(error, self.removed)),
+        }
+    }
+
+    /// The rest, after a look at the entry itself.
+    fn run_from(mut self, outcome: Outcome) -> Result<Removed, RemoveError> {
+        let mut result = match outcome {
             Outcome::Gone => Ok(()),
-            Outcome::IsDirectory => self.enter(name),
-        });
+            Outcome::IsDirectory => self.enter(self.top.name.clone()),
+        };
         while result.is_ok() && !self.levels.is_empty() {
             result = self.step();
         }
@@ -267,7 +303,9 @@ impl<'a> Remover<'a> {
         self.buffer = buffer;
         match read {
             // Deleted by somebody else: it reads as empty, or not at all.
-            Ok(0) | Err(Errno::NOENT) => self.mark(|level| level.read_all = true),
+            Ok(Names { none: true, .. }) | Err(Errno::NOENT) => self.mark(|level| level.read_all = true),
+            // Deleting it will tell whether that was all, without another reading of most directories.
+            Ok(Names { looks_done: true, .. }) => self.mark(|level| level.read_all = level.trusts),
             Ok(_) => {}
             Err(e) => {
                 self.mark(|level| level.read_all = true);
@@ -324,7 +362,8 @@ impl<'a> Remover<'a> {
     fn enter(&mut self, name: CString) -> Result<(), Stop> {
         match self.open(&name) {
             Ok(fd) => {
-                self.levels.push(Level { fd, name, subdirs: Vec::new(), read_all: false, passes: 0, keeps: false });
+                let (subdirs, read_all, trusts, passes, keeps) = (Vec::new(), false, true, 0, false);
+                self.levels.push(Level { fd, name, subdirs, read_all, trusts, passes, keeps });
                 Ok(())
             }
             Err(Errno::NOENT) => Ok(()),
@@ -395,7 +434,8 @@ impl<'a> Remover<'a> {
     fn again(&mut self, mut level: Level) -> Result<(), Stop> {
         let sought = rustix::fs::seek(&level.fd, SeekFrom::Start(0));
         level.read_all = false;
-        level.passes += 1;
+        level.passes += u32::from(!level.trusts);
+        level.trusts = false;
         self.levels.push(level);
         sought.map(drop).or_else(|e| {
             self.mark(|level| level.read_all = true);
