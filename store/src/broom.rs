@@ -18,7 +18,7 @@ use larder_fs::entry::Target;
 use larder_fs::file_error::FileError;
 use larder_fs::gc_lock::{GcLock, WAITING};
 use larder_fs::lock_file::{Sharing, Wait};
-use larder_fs::remove::{LinkCounts, OnFailure, remove_counted, thaw};
+use larder_fs::remove::{LinkCounts, OnFailure, remove_counted, remove_directory_counted, remove_file_counted, thaw};
 use larder_gc::hand_over::{Desk, listen_during};
 use larder_store_db::DbError;
 use rayon::prelude::*;
@@ -32,9 +32,9 @@ use crate::local::LocalStore;
 /// What has been moved aside is called this, a process id and a number.
 const TRASH: &str = ".larder-trash-";
 
-/// Paths that become invalid in one transaction. Whoever needs one of them waits for that long, and
-/// a transaction costs some milliseconds whatever is in it.
-pub(crate) const BATCH: usize = 512;
+/// Paths that become invalid in one transaction. Whoever needs one of them waits for that long (some
+/// tens of milliseconds); but the keys are random, so that every transaction writes most pages anew.
+pub(crate) const BATCH: usize = 2048;
 
 pub(crate) fn is_trash(name: &OsStr) -> bool {
     name.as_bytes().starts_with(TRASH.as_bytes())
@@ -62,8 +62,12 @@ pub(crate) struct Broom<'r> {
     pub(crate) swept: Vec<OsString>,
     /// Entries that could not even be moved aside.
     stuck: u64,
-    /// Bytes of what there was no room to move aside.
+    /// Bytes of what was not moved aside: files, and what there was no room for.
     freed_in_place: u64,
+    /// Those of them that nobody has asked for yet.
+    not_told: u64,
+    /// Our number as a process, and of what was moved aside last.
+    process: u32,
     number: u64,
 }
 
@@ -91,8 +95,20 @@ impl LocalStore {
                 // Again, now that real Nix has to tell us what it adds.
                 self.refuse_unless_adopted()?;
                 let counts = &counts;
-                let mut broom =
-                    Broom { store: self, desk, bin, counts, swept: Vec::new(), stuck: 0, freed_in_place: 0, number: 0 };
+                let process = std::process::id();
+                let (swept_so_far, stuck, freed_in_place, not_told, number) = (Vec::new(), 0, 0, 0, 0);
+                let mut broom = Broom {
+                    store: self,
+                    desk,
+                    bin,
+                    counts,
+                    swept: swept_so_far,
+                    stuck,
+                    freed_in_place,
+                    not_told,
+                    process,
+                    number,
+                };
                 let outcome = work(&mut broom);
                 swept = (broom.swept, broom.stuck, broom.freed_in_place);
                 outcome
@@ -146,7 +162,7 @@ impl LocalStore {
                 .par_iter()
                 .map(|name| {
                     let target = Target { dir, name, dir_path: &self.layout().real_store };
-                    let removed = match remove_counted(target, OnFailure::Continue, counts) {
+                    let removed = match remove_directory_counted(target, OnFailure::Continue, counts) {
                         Ok(removed) => removed,
                         Err(error) => {
                             self.reporter().message(Level::Error, format_args!("{}", chain(&error)));
@@ -237,13 +253,33 @@ impl Broom<'_> {
         waiting.recv().unwrap_or(0)
     }
 
-    /// Gives an entry of the store directory a name that is no store path's; `None` if there is none.
+    fn has_freed(&mut self, bytes: u64) {
+        self.freed_in_place += bytes;
+        self.not_told += bytes;
+    }
+
+    /// Bytes that were freed without being moved aside since this was asked last.
+    pub(crate) const fn take_freed_in_place(&mut self) -> u64 {
+        std::mem::replace(&mut self.not_told, 0)
+    }
+
+    /// Gives an entry of the store directory a name that is no store path's; `None` if nothing is left
+    /// to take apart.
     fn move_aside(&mut self, entry: &OsStr) -> Result<Option<OsString>, StoreError> {
         let dir = self.store.store_fd()?;
         let target = Target { dir, name: entry, dir_path: &self.store.layout().real_store };
+        // A file goes faster than it gets another name.
+        match remove_file_counted(target, self.counts) {
+            Ok(Some(removed)) => {
+                self.has_freed(removed.bytes_freed);
+                return Ok(None);
+            }
+            Ok(None) => {}
+            Err(error) => return Err(FileError::from(error).into()),
+        }
         let mut thawed = false;
         loop {
-            let name = OsString::from(format!("{TRASH}{}-{}", std::process::id(), self.number));
+            let name = OsString::from(format!("{TRASH}{}-{}", self.process, self.number));
             self.number += 1;
             match rustix::fs::renameat_with(dir, entry, dir, &name, RenameFlags::NOREPLACE) {
                 Ok(()) => return Ok(Some(name)),
@@ -253,7 +289,7 @@ impl Broom<'_> {
                 // Not even for a name: then it goes where it is, while those who want it wait.
                 Err(Errno::NOSPC | Errno::DQUOT) => {
                     let removed = remove_counted(target, OnFailure::Stop, self.counts).map_err(FileError::from)?;
-                    self.freed_in_place += removed.bytes_freed;
+                    self.has_freed(removed.bytes_freed);
                     return Ok(None);
                 }
                 // An immutable flag, which old versions of Nix have set.

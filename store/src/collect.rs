@@ -54,9 +54,9 @@ impl Budget {
     }
 
     /// Takes apart what was swept; waits for it only where that matters.
-    fn discard(&mut self, broom: &Broom<'_>, trash: Vec<OsString>) {
+    fn discard(&mut self, broom: &mut Broom<'_>, trash: Vec<OsString>) {
         if self.limit.is_some() {
-            self.freed += broom.discard_now(trash);
+            self.freed += broom.discard_now(trash) + broom.take_freed_in_place();
         } else {
             broom.discard(trash);
         }
