@@ -63,9 +63,21 @@ pub struct Optimiser<'a> {
     known: RwLock<FxHashSet<u64>>,
     /// Of these, the ones whose contents were hashed in this run.
     hashed: Mutex<FxHashSet<u64>>,
+    /// Names of links under way begin so; the number of a thread follows.
+    temporary: String,
     files: AtomicU64,
     bytes: AtomicU64,
     blocks: AtomicU64,
+}
+
+impl Drop for Optimiser<'_> {
+    fn drop(&mut self) {
+        if self.files.load(Ordering::Relaxed) > 0 {
+            for thread in 0..=rayon::current_num_threads() {
+                let _ = rustix::fs::unlinkat(self.store, format!("{}-{thread}", self.temporary), AtFlags::empty());
+            }
+        }
+    }
 }
 
 impl std::fmt::Debug for Optimiser<'_> {
@@ -80,6 +92,8 @@ struct Folder {
     path: PathBuf,
     /// As it was: put back when the last file is done.
     mode: u32,
+    /// We may not write to it as it is.
+    needs_opening: bool,
     changed: Mutex<bool>,
 }
 
@@ -87,7 +101,7 @@ impl Folder {
     /// Makes it ours to write to.
     fn open_up(&self) -> rustix::io::Result<()> {
         let mut changed = self.changed.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.mode & 0o200 == 0 && !rustix::process::geteuid().is_root() {
+        if self.needs_opening {
             // Each time: another process may have closed it after its own work.
             rustix::fs::fchmod(&self.fd, Mode::from_raw_mode(self.mode | 0o200))?;
         }
@@ -148,6 +162,8 @@ impl<'a> Optimiser<'a> {
         if preload == Preload::Yes {
             reporter.message(Level::Talkative, format_args!("loaded {} hash inodes", known.len()));
         }
+        let random = RandomState::new().hash_one(links_path.as_os_str()) & 0x7fff_ffff;
+        let temporary = format!(".tmp-link-{}-{random}", std::process::id());
         Ok(Self {
             store,
             store_path: store_path.to_owned(),
@@ -156,6 +172,7 @@ impl<'a> Optimiser<'a> {
             reporter,
             known: RwLock::new(known),
             hashed: Mutex::default(),
+            temporary,
             files: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             blocks: AtomicU64::new(0),
@@ -209,17 +226,17 @@ impl<'a> Optimiser<'a> {
         scope: &Scope<'s>,
         failed: &'s AtomicU64,
     ) -> Linked {
-        let status = match kind {
-            Some(FileType::Directory) => None,
-            _ => match Status::at(place.dir, place.name) {
+        let kind = match kind {
+            Some(kind) => kind,
+            None => match Status::at(place.dir, place.name) {
                 Err(Errno::NOENT) => return Ok(()),
-                status => Some(status.at("getting status of", place.full())?),
+                status => status.at("getting status of", place.full())?.kind,
             },
         };
-        match status {
-            None => self.directory(place, scope, failed),
-            Some(status) if status.kind == FileType::Directory => self.directory(place, scope, failed),
-            Some(status) => self.file(place, &status),
+        match kind {
+            FileType::Directory => self.directory(place, scope, failed),
+            FileType::RegularFile | FileType::Symlink => self.file(place),
+            _ => Ok(()),
         }
     }
 
@@ -232,7 +249,8 @@ impl<'a> Optimiser<'a> {
         };
         let mode = Status::of(fd.as_fd()).at("getting status of", &path)?.mode;
         let entries = Dir::read_from(&fd).at(DOING, &path)?;
-        let folder = Arc::new(Folder { fd, path, mode, changed: Mutex::new(false) });
+        let needs_opening = mode & 0o200 == 0 && !rustix::process::geteuid().is_root();
+        let folder = Arc::new(Folder { fd, path, mode, needs_opening, changed: Mutex::new(false) });
         for entry in entries {
             let entry = entry.at(DOING, &folder.path)?;
             let name = entry.file_name();
@@ -255,50 +273,43 @@ impl<'a> Optimiser<'a> {
         Ok(())
     }
 
-    fn file(&self, place: &Place<'_>, status: &Status) -> Linked {
-        if status.links > 1 && self.is_known(status.id.inode) {
-            return Ok(());
-        }
+    fn file(&self, place: &Place<'_>) -> Linked {
         let full = place.full();
-        match status.kind {
-            FileType::RegularFile if status.mode & 0o200 != 0 => {
-                let text = format_args!("skipping suspicious writable file '{}'", shown(&full));
-                self.reporter.message(Level::Warn, text);
-                return Ok(());
-            }
-            FileType::RegularFile | FileType::Symlink => {}
-            _ => return Ok(()),
-        }
-        let (fd, hash) = match open_and_hash(place.dir, place.name, &full) {
+        let file = match Opened::open(place.dir, place.name, &full) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            hashed => hashed?,
+            opened => opened?,
         };
-        let before = Status::of(fd.as_fd()).at("getting status of", &full)?;
-        if before.id != status.id || !same(&before, status) {
-            self.reporter.message(Level::Warn, format_args!("'{}' changes while it is read", shown(&full)));
+        if file.status.links > 1 && self.is_known(file.status.id.inode) {
             return Ok(());
         }
-        let link = CString::new(hash.to_base32()).expect("base 32 has no NUL");
+        if file.status.kind == FileType::RegularFile && file.status.mode & 0o200 != 0 {
+            let text = format_args!("skipping suspicious writable file '{}'", shown(&full));
+            self.reporter.message(Level::Warn, text);
+            return Ok(());
+        }
+        let link = CString::new(file.hash(&full)?.to_base32()).expect("base 32 has no NUL");
         for _ in 0..ATTEMPTS {
-            if let Done::Yes = self.link(place, &full, &fd, status, &link)? {
+            if let Done::Yes = self.link(place, &full, &file, &link)? {
                 return Ok(());
             }
         }
         Err(FileError::new("linking", full, Errno::AGAIN))
     }
 
+    fn changes(&self, full: &Path) -> Done {
+        self.reporter.message(Level::Warn, format_args!("'{}' changes while it is read", shown(full)));
+        Done::Yes
+    }
+
     /// One attempt to make the file and its link the same.
-    fn link(
-        &self,
-        place: &Place<'_>,
-        full: &Path,
-        fd: &OwnedFd,
-        status: &Status,
-        link: &CString,
-    ) -> Result<Done, FileError> {
+    fn link(&self, place: &Place<'_>, full: &Path, file: &Opened, link: &CString) -> Result<Done, FileError> {
+        let Opened { fd, status, .. } = file;
         let link_path = || self.links_path.join(OsStr::from_bytes(link.as_bytes()));
         let found = match Status::at(self.links.as_fd(), link) {
             Err(Errno::NOENT) => {
+                if !file.is_unchanged(full)? {
+                    return Ok(self.changes(full));
+                }
                 // Through the descriptor: this is what was hashed.
                 let made = rustix::fs::linkat(CWD, proc_path(fd.as_fd()), &self.links, link, AtFlags::SYMLINK_FOLLOW);
                 return match made {
@@ -320,6 +331,9 @@ impl<'a> Optimiser<'a> {
             found => found.at("getting status of", link_path())?,
         };
         if found.id == status.id {
+            if !file.is_unchanged(full)? {
+                return Ok(self.changes(full));
+            }
             self.learn(status.id.inode);
             return Ok(Done::Yes);
         }
@@ -344,13 +358,13 @@ impl<'a> Optimiser<'a> {
             return Ok(true);
         }
         let path = self.links_path.join(OsStr::from_bytes(link.as_bytes()));
-        let (fd, hash) = match open_and_hash(self.links.as_fd(), link, &path) {
+        let entry = match Opened::open(self.links.as_fd(), link, &path) {
             // Gone: the next attempt makes it.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(true),
-            hashed => hashed?,
+            opened => opened?,
         };
-        let sound = hash.to_base32().as_bytes() == link.as_bytes();
-        if sound && Status::of(fd.as_fd()).is_ok_and(|status| status.id == found.id) {
+        let sound = entry.hash(&path)?.to_base32().as_bytes() == link.as_bytes();
+        if sound && entry.status.id == found.id && entry.is_unchanged(&path)? {
             self.learn(inode);
         }
         Ok(sound)
@@ -363,11 +377,19 @@ impl<'a> Optimiser<'a> {
             folder.open_up().at("changing permissions of", &folder.path)?;
         }
         let link_path = || self.links_path.join(OsStr::from_bytes(link.as_bytes()));
-        let random = RandomState::new().hash_one(status.id.inode) & 0x7fff_ffff;
-        let temporary = format!(".tmp-link-{}-{random}", std::process::id());
+        let thread = rayon::current_thread_index().map_or(0, |index| index + 1);
+        let temporary = format!("{}-{thread}", self.temporary);
+        let drop_temporary = || {
+            let _ = rustix::fs::unlinkat(self.store, temporary.as_str(), AtFlags::empty());
+        };
         match rustix::fs::linkat(&self.links, link, self.store, temporary.as_str(), AtFlags::empty()) {
             Ok(()) => {}
-            Err(Errno::EXIST | Errno::NOENT) => return Ok(Done::No),
+            Err(Errno::NOENT) => return Ok(Done::No),
+            // Ours, from a rename that found nothing to do (see below).
+            Err(Errno::EXIST) => {
+                drop_temporary();
+                return Ok(Done::No);
+            }
             Err(Errno::MLINK) => return Ok(self.has_all_links(&link_path(), status)),
             Err(e @ Errno::NOSPC) => {
                 self.cannot_link(full, &link_path(), e);
@@ -375,12 +397,13 @@ impl<'a> Optimiser<'a> {
             }
             Err(e) => return Err(FileError::new(DOING, self.store_path.join(temporary), e)),
         }
-        let drop_temporary = || {
-            let _ = rustix::fs::unlinkat(self.store, temporary.as_str(), AtFlags::empty());
-        };
         // Is it still what was hashed?
         match Status::at(place.dir, place.name) {
             Ok(now) if now.id == status.id && same(&now, status) => {}
+            Ok(now) if now.id == status.id => {
+                drop_temporary();
+                return Ok(self.changes(full));
+            }
             _ => {
                 drop_temporary();
                 return Ok(Done::Yes);
@@ -389,8 +412,8 @@ impl<'a> Optimiser<'a> {
         let renamed = retry(|| rustix::fs::renameat(self.store, temporary.as_str(), place.dir, place.name));
         match renamed {
             Ok(()) => {
-                // Had another process linked it just before, both names would still be there.
-                drop_temporary();
+                // Had another process linked it just before, both names would still be there; the
+                // next file of this thread, or the end, takes the second one away.
                 self.files.fetch_add(1, Ordering::Relaxed);
                 self.bytes.fetch_add(status.size, Ordering::Relaxed);
                 self.blocks.fetch_add(status.blocks, Ordering::Relaxed);
@@ -439,46 +462,68 @@ fn same(a: &Status, b: &Status) -> bool {
     (a.kind, a.size, a.mode, a.mtime_s, a.mtime_ns) == (b.kind, b.size, b.mode, b.mtime_s, b.mtime_ns)
 }
 
-/// Opens a file or symlink; gives it with the hash of its NAR.
-fn open_and_hash(dir: BorrowedFd<'_>, name: &CString, full: &Path) -> Result<(OwnedFd, Sha256Digest), FileError> {
-    const DOING: &str = "reading from file";
-    let mut hasher = NarHasher::new();
-    let mut encoder = Encoder::new();
-    let mut framing = Vec::new();
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let fd = match retry(|| rustix::fs::openat(dir, name, flags, Mode::empty())) {
-        Err(Errno::LOOP) => {
-            let fd = open_path(dir, name).at("opening file", full)?;
-            let target = rustix::fs::readlinkat(&fd, c"", Vec::new()).at("reading symlink", full)?;
+/// A file or symlink, as it was when it was opened.
+struct Opened {
+    fd: OwnedFd,
+    status: Status,
+    /// Of a symlink.
+    target: Option<CString>,
+}
+
+impl Opened {
+    fn open(dir: BorrowedFd<'_>, name: &CString, full: &Path) -> Result<Self, FileError> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let (fd, target) = match retry(|| rustix::fs::openat(dir, name, flags, Mode::empty())) {
+            Err(Errno::LOOP) => {
+                let fd = open_path(dir, name).at("opening file", full)?;
+                let target = rustix::fs::readlinkat(&fd, c"", Vec::new()).at("reading symlink", full)?;
+                (fd, Some(target))
+            }
+            fd => (fd.at("opening file", full)?, None),
+        };
+        let status = Status::of(fd.as_fd()).at("getting status of", full)?;
+        if target.is_none() && status.kind != FileType::RegularFile {
+            return Err(FileError::new("reading from file", full, Errno::INVAL));
+        }
+        Ok(Self { fd, status, target })
+    }
+
+    /// Is it as it was when it was opened?
+    fn is_unchanged(&self, full: &Path) -> Result<bool, FileError> {
+        Ok(same(&Status::of(self.fd.as_fd()).at("getting status of", full)?, &self.status))
+    }
+
+    /// The hash of its NAR.
+    fn hash(&self, full: &Path) -> Result<Sha256Digest, FileError> {
+        const DOING: &str = "reading from file";
+        let mut hasher = NarHasher::new();
+        let mut encoder = Encoder::new();
+        let mut framing = Vec::new();
+        if let Some(target) = &self.target {
             encoder.push(Event::Symlink { target: target.as_bytes() }, &mut framing);
             hasher.update(&framing);
-            return Ok((fd, hasher.finish().0));
+            return Ok(hasher.finish().0);
         }
-        fd => fd.at("opening file", full)?,
-    };
-    let status = Status::of(fd.as_fd()).at("getting status of", full)?;
-    if status.kind != FileType::RegularFile {
-        return Err(FileError::new(DOING, full, Errno::INVAL));
-    }
-    let mut left = status.size;
-    encoder.push(Event::File { executable: status.mode & 0o100 != 0, size_bytes: left }, &mut framing);
-    hasher.update(&framing);
-    let mut block = vec![0; usize::try_from(left).unwrap_or(usize::MAX).clamp(1, crate::pipe::BLOCK_BYTES)];
-    while left > 0 {
-        let most = usize::try_from(left).unwrap_or(usize::MAX).min(block.len());
-        let n = retry(|| rustix::io::read(&fd, block.get_mut(..most).unwrap_or_default())).at(DOING, full)?;
-        if n == 0 {
-            return Err(FileError::new(DOING, full, std::io::Error::from(std::io::ErrorKind::UnexpectedEof)));
+        let mut left = self.status.size;
+        encoder.push(Event::File { executable: self.status.mode & 0o100 != 0, size_bytes: left }, &mut framing);
+        hasher.update(&framing);
+        let mut block = vec![0; usize::try_from(left).unwrap_or(usize::MAX).clamp(1, crate::pipe::BLOCK_BYTES)];
+        while left > 0 {
+            let most = usize::try_from(left).unwrap_or(usize::MAX).min(block.len());
+            let n = retry(|| rustix::io::read(&self.fd, block.get_mut(..most).unwrap_or_default())).at(DOING, full)?;
+            if n == 0 {
+                return Err(FileError::new(DOING, full, std::io::Error::from(std::io::ErrorKind::UnexpectedEof)));
+            }
+            framing.clear();
+            encoder.push(Event::Contents(block.get(..n).unwrap_or_default()), &mut framing);
+            hasher.update(&framing);
+            left -= n as u64;
         }
         framing.clear();
-        encoder.push(Event::Contents(block.get(..n).unwrap_or_default()), &mut framing);
+        encoder.push(Event::EndFile, &mut framing);
         hasher.update(&framing);
-        left -= n as u64;
+        Ok(hasher.finish().0)
     }
-    framing.clear();
-    encoder.push(Event::EndFile, &mut framing);
-    hasher.update(&framing);
-    Ok((fd, hasher.finish().0))
 }
 
 #[cfg(test)]
@@ -538,9 +583,8 @@ mod tests {
         assert_ne!(inode(s.join("b")), inode(s.join("a/y/exec")));
         assert_ne!(inode(s.join("b")), inode(s.join("c/writable")));
         for name in links(s) {
-            let (_, hash) =
-                open_and_hash(open(&s.join(".links")).as_fd(), &CString::new(name.clone()).unwrap(), s).unwrap();
-            assert_eq!(hash.to_base32(), name);
+            let entry = Opened::open(open(&s.join(".links")).as_fd(), &CString::new(name.clone()).unwrap(), s);
+            assert_eq!(entry.unwrap().hash(s).unwrap().to_base32(), name);
         }
         assert_eq!(links(s).len(), 4);
         let folder = fs::metadata(s.join("c")).unwrap();
