@@ -445,10 +445,15 @@ impl<'t> WriteTxn<'t> {
     /// ([`DbError::InUse`]).
     pub fn invalidate(&mut self, paths: &BTreeSet<StorePath>) -> Result<usize, DbError> {
         let mut records = Vec::new();
+        let mut with_details = Vec::new();
         for path in paths {
-            if self.is_valid(path)? {
-                records.push((path, self.reference_keys(path.hash_part().as_bytes())?));
+            let Some(record) = find(&self.paths, path.into())? else { continue };
+            let (hash_part, view) = (path.hash_part(), record.view());
+            let key = hash_part.as_bytes();
+            if view.has_details() {
+                with_details.push(*key);
             }
+            records.push((path, if view.has_references() { self.reference_keys(key)? } else { Vec::new() }));
         }
         for (path, _) in &records {
             let mut users = seconds(&self.referrers, path.hash_part().as_bytes())?;
@@ -461,18 +466,20 @@ impl<'t> WriteTxn<'t> {
                 return Err(DbError::InUse { path: (*path).clone(), by });
             }
         }
+        let (mut keys, mut with_references, mut pairs) = (Vec::with_capacity(records.len()), Vec::new(), Vec::new());
         for (path, references) in &records {
             let key = *path.hash_part().as_bytes();
-            self.paths.remove(&key)?;
-            self.references.remove(&key)?;
-            self.details.remove(&key)?;
-            for reference in references.iter().filter(|reference| **reference != key) {
-                self.referrers.remove(&pair(reference, &key))?;
-            }
+            keys.push(key);
+            with_references.extend((!references.is_empty()).then_some(key));
+            pairs.extend(references.iter().filter(|other| **other != key).map(|other| pair(other, &key)));
             if path.is_derivation() {
                 self.remove_outputs(path)?;
             }
         }
+        remove_all(&mut self.paths, keys)?;
+        remove_all(&mut self.references, with_references)?;
+        remove_all(&mut self.details, with_details)?;
+        remove_all(&mut self.referrers, pairs)?;
         self.changed |= !records.is_empty();
         Ok(records.len())
     }
@@ -576,6 +583,34 @@ impl FromBuffer for Bytes {
 
 impl FromBuffer for () {
     fn from_buffer(_bytes: &[u8]) {}
+}
+
+/// Of a table of which more than so many-th a part goes, all rows are gone over: that costs less than
+/// finding so many one by one.
+const RETAIN_RATIO: u64 = 12;
+
+/// Removes rows; those that are not there are no error.
+fn remove_all<const N: usize, V: redb::Value + 'static>(
+    table: &mut Table<'_, &'static [u8; N], V>,
+    mut keys: Vec<[u8; N]>,
+) -> Result<(), DbError> {
+    if keys.is_empty() {
+        return Ok(());
+    }
+    // In order, each page is changed in one go.
+    keys.sort_unstable();
+    if (keys.len() as u64).saturating_mul(RETAIN_RATIO) < table.len()? {
+        for key in &keys {
+            table.remove(key)?;
+        }
+        return Ok(());
+    }
+    let mut going = keys.iter().peekable();
+    table.retain(|key, _| {
+        while going.next_if(|gone| *gone < key).is_some() {}
+        going.next_if(|gone| *gone == key).is_none()
+    })?;
+    Ok(())
 }
 
 /// Inserts rows whose keys ascend, replacing those that are there.
