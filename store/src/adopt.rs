@@ -28,7 +28,7 @@ use larder_fs::entry::Target;
 use larder_fs::file_error::FileError;
 use larder_fs::remove::{self, OnFailure};
 use larder_store_db::Batch;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
 
 use crate::error::StoreError;
@@ -235,19 +235,14 @@ impl LocalStore {
             large |= info.nar_size_bytes >= SYNC_EACH_BELOW;
             let name = OsString::from(info.path.to_string());
             let real = self.layout().real_store.join(&name);
-            if self.is_valid(&info.path)? {
-                // Two renames, so that the path is missing for a moment only.
-                let old = old_name(&info.path);
-                match rustix::fs::renameat(dir, &name, dir, &old) {
-                    Ok(()) => aside.push(Aside { name: name.clone(), old }),
-                    Err(Errno::NOENT) => {}
-                    Err(e) => return Err(FileError::new("renaming", &real, io::Error::from(e)).into()),
-                }
+            let replaced = if self.is_valid(&info.path)? {
+                replace(dir, &taken.incoming.entry, &name, &old_name(&info.path))
             } else {
                 self.remove_entry(&name)?;
-            }
-            rustix::fs::renameat(dir, &taken.incoming.entry, dir, &name)
-                .map_err(|e| FileError::new("renaming to", &real, io::Error::from(e)))?;
+                rustix::fs::renameat(dir, &taken.incoming.entry, dir, &name).map(|()| None)
+            };
+            let old = replaced.map_err(|e| FileError::new("renaming to", &real, io::Error::from(e)))?;
+            aside.extend(old.map(|old| Aside { name, old }));
             taken.incoming.kept = true;
             placed.push(info.path.clone());
             if self.options().auto_optimise_store {
@@ -377,6 +372,22 @@ pub fn is_missing(error: &CanonError) -> bool {
 fn old_name(path: &StorePath) -> OsString {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     OsString::from(format!("{path}.old-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)))
+}
+
+/// Puts a new object in the place of one that is valid; gives the name that the old one has then, if
+/// there was one. There is no moment at which neither is there, where the file system can exchange
+/// two names; elsewhere it lies between two renames.
+fn replace(dir: BorrowedFd<'_>, new: &OsStr, name: &OsStr, old: &OsStr) -> rustix::io::Result<Option<OsString>> {
+    match rustix::fs::renameat_with(dir, new, dir, name, RenameFlags::EXCHANGE) {
+        Ok(()) => return Ok(Some(new.to_owned())),
+        Err(Errno::NOENT) => return rustix::fs::renameat(dir, new, dir, name).map(|()| None),
+        Err(Errno::INVAL | Errno::NOSYS) => {}
+        Err(e) => return Err(e),
+    }
+    rustix::fs::renameat(dir, name, dir, old)?;
+    rustix::fs::renameat(dir, new, dir, name).map(|()| Some(old.to_owned())).inspect_err(|_| {
+        let _ = rustix::fs::renameat(dir, old, dir, name);
+    })
 }
 
 /// Renames a canonical object to a name in another directory.
