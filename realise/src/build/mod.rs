@@ -132,6 +132,8 @@ impl Build<'_> {
 /// Any number of threads may do so at once.
 pub fn run(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn Watch) -> Outcome {
     settings.clean_up(store);
+    // Before any lock is held that a collector may wait for.
+    store.make_room();
     match attempt(store, settings, job, watch) {
         Ok(outcome) => outcome,
         Err(failure) => Outcome::Failed(failure),
