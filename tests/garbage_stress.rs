@@ -18,7 +18,7 @@ use larder_core::store_path::{Name, StorePath};
 use larder_fs::layout::{Access, Layout};
 use larder_store::collect::{CollectOptions, Freed};
 use larder_store::ingest::ContentAddressed;
-use larder_store::verify::VerifyOptions;
+use larder_store::verify::{Nobody, VerifyOptions};
 use larder_store::{LocalStore, Options, StoreError};
 
 /// What the processes are told: role, folder, seed.
@@ -209,7 +209,7 @@ fn s090_soak_many_processes() {
         finish(child, roles[at]);
     }
     let store = open(folder, false);
-    let verified = store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }).unwrap();
+    let verified = store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }, &Nobody).unwrap();
     assert_eq!((verified.errors, verified.disappeared.len()), (0, 0));
     let mut kept = Vec::new();
     for link in std::fs::read_dir(folder.join("links")).into_iter().flatten() {

@@ -222,6 +222,72 @@ fn s057_s078_s079_repairs() {
     house.words("nix-store", &format!("--verify-path {}", below.display())).prints("");
 }
 
+/// A verification with `--repair` makes anew what something can make, and tells of the rest.
+#[test]
+fn s080_verification_repairs_contents() {
+    let house = House::new();
+    let dep = derivation(&house, "dep", "cat /proc/sys/kernel/random/uuid > $out", &with_path(""));
+    let more = format!(r#"{}, "derivations": {{"dep": "dep.json"}}"#, with_path(""));
+    let top = derivation(
+        &house,
+        "top",
+        "echo $dep > $out; echo equal > $two",
+        &format!(r#"{more}, "outputs": {{"out": {{}}, "two": {{}}}}"#),
+    );
+    let run = nix_store(&house, &["-r", &top]);
+    assert_eq!(run.status, Some(0), "{run:?}");
+    let made: Vec<PathBuf> = run.stdout.lines().map(PathBuf::from).collect();
+    let below = realised(&house, &dep);
+    let source = house.write("source", "equal\n");
+    let source = PathBuf::from(house.run("nix-store", ["--add".as_ref(), source.as_os_str()]).stdout.trim_end());
+    let verify = |more: &[&str]| nix_store(&house, &[&["--verify", "--check-contents"], more].concat());
+    assert_eq!(verify(&[]).status, Some(0));
+    // Two outputs, one of them equal to a source through `.links`, and what they need.
+    nix_store(&house, &["--optimise"]);
+    spoil(&source);
+    spoil(made.iter().find(|path| std::fs::read_to_string(path).unwrap() != "spoilt").unwrap());
+    std::fs::remove_file(&below).unwrap();
+    let names = |run: &Run, text: &str| run.stderr.matches(text).count();
+    let run = verify(&[]);
+    assert_eq!(run.status, Some(1), "{run:?}");
+    assert_eq!(names(&run, "was modified!"), 5, "two links, and three files: {run:?}");
+    assert_eq!(names(&run, "disappeared, but it still has valid referrers!"), 1, "{run:?}");
+    let run = verify(&["--repair"]);
+    // Nothing makes the source.
+    let cannot = format!("cannot repair path '{}'\n", source.display());
+    assert!(run.stderr.contains(&cannot) && names(&run, "cannot repair path") == 1, "{run:?}");
+    assert!(run.stderr.ends_with("warning: not all store errors were fixed\n") && run.status == Some(1), "{run:?}");
+    assert_eq!(names(&run, "removed link '"), 2, "{run:?}");
+    assert_eq!(names(&run, "repairing outputs of"), 2, "each derivation once: {run:?}");
+    for path in made.iter().chain([&below]) {
+        nix_store(&house, &["--verify-path", path.to_str().unwrap()]).prints("");
+    }
+    // What was damaged is not linked to what is sound.
+    nix_store(&house, &["--optimise"]);
+    assert!(made.iter().any(|path| std::fs::read_to_string(path).unwrap() == "equal\n"));
+    nix_store(&house, &["--delete", source.to_str().unwrap()]);
+    assert_eq!(verify(&["--repair"]).status, Some(0));
+    assert_eq!(verify(&[]).status, Some(0));
+    let run = house.run("larder", ["verify", "--full", "--repair"]);
+    assert_eq!(run.status, Some(0), "{run:?}");
+}
+
+/// Little room: what nobody needs goes before a builder starts, and what it needs stays.
+#[test]
+fn room_is_made_before_a_build() {
+    let house = House::new();
+    let waste: Vec<String> = (0..3u8).map(|n| house.add(&format!("waste{n}"), vec![n; 10_000])).collect();
+    let source = house.write("source", "needed\n");
+    let more = format!(r#"{}, "files": {{"src": {:?}}}"#, with_path(""), source);
+    let drv = derivation(&house, "d", "cp $src $out", &more);
+    let free = house.write("free", "1000");
+    let words = format!("-r {drv} --option sandbox false --option min-free 2000 --option max-free 1000000");
+    let made = run(house.applet("nix-store").args(words.split(' ')).env("_NIX_TEST_FREE_SPACE_FILE", &free), b"");
+    assert!(made.status == Some(0) && made.stderr.contains("running auto-GC to free 999000 bytes\n"), "{made:?}");
+    assert_eq!(std::fs::read_to_string(made.stdout.trim_end()).unwrap(), "needed\n");
+    assert!(waste.iter().all(|path| !Path::new(path).exists()));
+}
+
 #[test]
 fn s066_logs_are_found_in_old_places_too() {
     let house = House::new();

@@ -26,7 +26,7 @@ use larder_store::LocalStore;
 use larder_store::collect::{CollectOptions, Freed};
 use larder_store::delete::DeleteOptions;
 use larder_store::error::StoreError as LocalError;
-use larder_store::verify::VerifyOptions;
+use larder_store::verify::{Nobody, VerifyOptions};
 
 /// A local store with settings.
 #[derive(Debug)]
@@ -258,7 +258,7 @@ impl Store for Engine {
     }
 
     fn verify(&self, check_contents: bool, repair: bool) -> Result<bool, StoreError> {
-        Ok(self.local.verify(VerifyOptions { check_contents, repair, ..VerifyOptions::default() })?.errors > 0)
+        Ok(self.local.verify(VerifyOptions { check_contents, repair, ..VerifyOptions::default() }, &Nobody)?.errors > 0)
     }
 
     fn missing(&self, targets: &[DerivedPath]) -> Result<Missing, StoreError> {

@@ -17,10 +17,11 @@ use larder_realise::job::{Job, Mode, Outcome, Watch};
 use larder_realise::missing::{Missing, missing};
 use larder_realise::plan::{Key, Target, Wanted};
 use larder_store::LocalStore;
+use larder_store::verify::Mender;
 
 use crate::args::shown;
 use crate::builds::{BuildView, Trace};
-use crate::exit::Failure;
+use crate::exit::{Failure, chain};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::paths::{PathArgumentError, store_path};
 use crate::terminal::Terminal;
@@ -33,6 +34,36 @@ pub enum TargetError {
     Path(#[from] PathArgumentError),
     #[error("'{name}' in '{target}' cannot be the name of an output")]
     Output { target: String, name: String, source: NameError },
+}
+
+/// Nobody has a path, and nothing that makes it is known.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot repair path '{path}'")]
+pub struct CannotRepair {
+    pub path: String,
+}
+
+/// Mends what `--verify --repair` finds.
+#[derive(Debug)]
+pub struct Repairs<'a> {
+    pub realiser: Realiser<'a>,
+    pub how: How,
+}
+
+impl Mender for Repairs<'_> {
+    fn mend(&self, path: &StorePath) -> bool {
+        match self.realiser.repair(path, self.how) {
+            Ok(()) => true,
+            Err(failure) => {
+                // Whoever asked says that the path cannot be repaired.
+                let is_said = failure.error().is::<CannotRepair>() || failure.is_interrupt();
+                if !is_said {
+                    self.realiser.terminal.error_text(&chain(failure.error()));
+                }
+                false
+            }
+        }
+    }
 }
 
 /// How to realise.
@@ -153,6 +184,17 @@ impl Realiser<'_> {
             Err(RealiseError::Interrupted) => Err(Interrupted.into()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Makes a damaged or missing valid path anew with what made it.
+    pub fn repair(&self, path: &StorePath, how: How) -> Result<(), Failure> {
+        let deriver = match self.store.info(path)?.deriver {
+            Some(deriver) if self.store.is_valid(&deriver)? => deriver,
+            _ => return Err(CannotRepair { path: self.store.dir().full(path) }.into()),
+        };
+        let target = Target { key: Key::Derivation(deriver), wanted: Wanted::All };
+        self.realise(vec![target], How { silent: true, mode: Mode::Repair, ..how })?;
+        Ok(())
     }
 
     fn tell_missing(&self, missing: &Missing, read_only: bool) {

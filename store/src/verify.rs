@@ -64,9 +64,30 @@ enum Contents {
     Gone,
 }
 
+/// Who makes a damaged or missing valid path anew: a rebuild, or somebody who has it.
+///
+/// The store cannot do that; who realises can. Afterwards the path has the contents of its record,
+/// which may have changed with them.
+pub trait Mender {
+    /// Was the path mended? Why it was not is told to the reporter, not given.
+    fn mend(&self, path: &StorePath) -> bool;
+}
+
+/// Mends nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Nobody;
+
+impl Mender for Nobody {
+    fn mend(&self, _: &StorePath) -> bool {
+        false
+    }
+}
+
 impl LocalStore {
     /// Checks the store; every fault is told to the reporter as it is found, in Nix's words.
-    pub fn verify(&self, options: VerifyOptions) -> Result<Verified, StoreError> {
+    ///
+    /// With `repair`, `mender` is asked to make anew what is damaged.
+    pub fn verify(&self, options: VerifyOptions, mender: &dyn Mender) -> Result<Verified, StoreError> {
         let say = |text: std::fmt::Arguments<'_>| self.reporter().message(Level::Info, text);
         say(format_args!("reading the Nix store..."));
         // Only who may write can keep collectors out; others look at what they can see.
@@ -75,12 +96,12 @@ impl LocalStore {
         let present = self.entries()?;
         say(format_args!("checking path existence..."));
         self.check_ledger(options, &mut verified)?;
-        let gone = self.check_existence(&present, &mut verified)?;
+        let gone = self.check_existence(&present, options, mender, &mut verified)?;
         if options.check_contents {
             say(format_args!("checking link hashes..."));
             self.check_links(options, &mut verified)?;
             say(format_args!("checking store hashes..."));
-            self.check_contents(&gone, options, &mut verified)?;
+            self.check_contents(&gone, options, mender, &mut verified)?;
         }
         Ok(verified)
     }
@@ -89,6 +110,27 @@ impl LocalStore {
     pub(crate) fn keep_collectors_out(&self) -> Result<Option<GcLock>, StoreError> {
         let mut wait = |_: &std::path::Path| self.reporter().message(Level::Info, format_args!("{WAITING}"));
         Ok(GcLock::acquire(self.layout(), Sharing::Shared, Wait::Yes(&mut wait))?)
+    }
+
+    /// Tells a fault, and mends it if that is asked for; what stays is counted.
+    fn is_mended(
+        &self,
+        path: &StorePath,
+        text: &str,
+        options: VerifyOptions,
+        mender: &dyn Mender,
+        verified: &mut Verified,
+    ) -> bool {
+        self.reporter().message(Level::Error, format_args!("{text}"));
+        let mended = options.repair && mender.mend(path);
+        if !mended {
+            verified.errors += 1;
+            if options.repair {
+                let shown = self.dir().display(path);
+                self.reporter().message(Level::Error, format_args!("cannot repair path '{shown}'"));
+            }
+        }
+        mended
     }
 
     fn fault(&self, verified: &mut Verified, text: std::fmt::Arguments<'_>) {
@@ -144,6 +186,8 @@ impl LocalStore {
     fn check_existence(
         &self,
         present: &BTreeSet<OsString>,
+        options: VerifyOptions,
+        mender: &dyn Mender,
         verified: &mut Verified,
     ) -> Result<BTreeSet<StorePath>, StoreError> {
         let graph = self.read(|txn| Ok(Some(Graph::load(txn)?)))?;
@@ -188,14 +232,16 @@ impl LocalStore {
                 .map_err(|error| error.in_dir(self.dir()))?;
         }
         kept.sort_unstable();
+        let mut gone: BTreeSet<StorePath> = missing.iter().map(|node| graph.path(node)).collect();
         for node in kept {
             let path = graph.path(node);
-            self.fault(
-                verified,
-                format_args!("path '{}' disappeared, but it still has valid referrers!", self.dir().display(&path)),
-            );
+            let shown = self.dir().display(&path);
+            let text = format!("path '{shown}' disappeared, but it still has valid referrers!");
+            if self.is_mended(&path, &text, options, mender, verified) {
+                gone.remove(&path);
+            }
         }
-        Ok(missing.iter().map(|node| graph.path(node)).collect())
+        Ok(gone)
     }
 
     /// Does every entry of `.links` have the hash of its name?
@@ -246,6 +292,7 @@ impl LocalStore {
         &self,
         gone: &BTreeSet<StorePath>,
         options: VerifyOptions,
+        mender: &dyn Mender,
         verified: &mut Verified,
     ) -> Result<(), StoreError> {
         let cursor =
@@ -286,7 +333,7 @@ impl LocalStore {
             results.sort_unstable_by_key(|(i, _)| *i);
             for (i, contents) in results {
                 let Some(info) = infos.get(i) else { continue };
-                self.judge(info, contents, options, verified)?;
+                self.judge(info, contents, options, mender, verified)?;
             }
         }
         self.reporter().progress(Progress::End);
@@ -340,6 +387,7 @@ impl LocalStore {
         info: &PathInfo,
         contents: Contents,
         options: VerifyOptions,
+        mender: &dyn Mender,
         verified: &mut Verified,
     ) -> Result<(), StoreError> {
         let path = self.dir().full(&info.path);
@@ -355,16 +403,16 @@ impl LocalStore {
                 let size_bytes = self.dump_object(&info.path, |_| Ok(()))?;
                 self.set_contents(&info.path, found, size_bytes)?;
             }
+            // It may have been mended together with another path, and have other contents now.
+            Contents::Changed { .. } | Contents::Unreadable(_)
+                if options.repair && self.contents_are_good(&self.info(&info.path)?)? => {}
             Contents::Changed { expected, found } => {
-                self.fault(
-                    verified,
-                    format_args!("path '{path}' was modified! expected hash '{expected}', got '{found}'"),
-                );
-                if options.repair {
-                    self.reporter().message(Level::Error, format_args!("cannot repair path '{path}'"));
-                }
+                let text = format!("path '{path}' was modified! expected hash '{expected}', got '{found}'");
+                self.is_mended(&info.path, &text, options, mender, verified);
             }
-            Contents::Unreadable(error) => self.fault(verified, format_args!("{}", crate::error::chain(&error))),
+            Contents::Unreadable(error) => {
+                self.is_mended(&info.path, &crate::error::chain(&error), options, mender, verified);
+            }
             Contents::Gone => {
                 self.reporter().message(Level::Warn, format_args!("path '{path}' was deleted while it was checked"));
             }

@@ -13,7 +13,7 @@ use larder_core::store_dir::StoreDir;
 use larder_core::store_path::{Name, StorePath};
 use larder_fs::layout::{Access, Layout};
 use larder_store::ingest::ContentAddressed;
-use larder_store::verify::VerifyOptions;
+use larder_store::verify::{Nobody, VerifyOptions};
 use larder_store::{LocalStore, Options, StoreError};
 
 fn open(root: &Path) -> LocalStore {
@@ -47,7 +47,10 @@ fn a_tree_comes_in_and_goes_out() {
         let meta = std::fs::symlink_metadata(real.join(name)).unwrap();
         assert_eq!((meta.mode() & 0o7777, meta.mtime()), (mode, 1), "{name}");
     }
-    assert!(store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }).unwrap().errors == 0);
+    assert!(
+        store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }, &Nobody).unwrap().errors
+            == 0
+    );
     // Adding again changes nothing.
     assert_eq!(store.add(&tree, &source("tree")).unwrap(), path);
     assert_eq!(names(&store), BTreeSet::from([path.to_string()]));

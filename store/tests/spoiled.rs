@@ -17,7 +17,7 @@ use larder_core::store_path::Name;
 use larder_fs::layout::{Access, Layout};
 use larder_store::ingest::ContentAddressed;
 use larder_store::register::RegisterOptions;
-use larder_store::verify::VerifyOptions;
+use larder_store::verify::{Nobody, VerifyOptions};
 use larder_store::{LocalStore, Options};
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -98,7 +98,7 @@ fn filled() -> &'static Filled {
 
 /// Every valid path is whole, refers to valid paths only, and is all that is there.
 fn sound(store: &LocalStore) -> Result<usize, TestCaseError> {
-    let verified = store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }).unwrap();
+    let verified = store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }, &Nobody).unwrap();
     prop_assert_eq!(verified.errors, 0);
     prop_assert!(verified.disappeared.is_empty());
     let mut dump = Vec::new();
@@ -178,7 +178,7 @@ proptest! {
         let mut dump = Vec::new();
         store.dump_db(None, &mut dump).unwrap();
         prop_assert!(outcome.is_ok() || dump.is_empty());
-        let verified = store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }).unwrap();
+        let verified = store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }, &Nobody).unwrap();
         prop_assert_eq!(verified.errors, 0);
     }
 

@@ -120,7 +120,9 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::AddFixed { method, algorithm, files } => store::add(cx, &settings, &files, method, algorithm)?,
         Command::Export { paths } => store::export(cx, &settings, &paths)?,
         Command::Import => store::import(cx, &settings)?,
-        Command::Verify { check_contents, repair } => return store::verify(cx, &settings, check_contents, repair),
+        Command::Verify { check_contents, repair } => {
+            return store::verify(cx, &settings, &common, check_contents, repair);
+        }
         Command::VerifyPath { paths } => return store::verify_path(cx, &settings, &paths),
         Command::CheckValidity { print_invalid, paths } => {
             store::check_validity(cx, &settings, print_invalid, &paths)?;

@@ -20,9 +20,12 @@ use super::asking::paths;
 use super::{Add, AddMode, Adopt, Verify};
 use crate::applets::nix_store::store::{object_name, open};
 use crate::applets::{Context, print_json};
+use crate::args::LogFormat;
+use crate::builds::shows_logs;
 use crate::exit::{Failure, Status};
 use crate::paths::absolute;
 use crate::printer::{Output, Printer};
+use crate::realising::{How, Repairs};
 
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -101,7 +104,8 @@ pub(super) fn verify(cx: &Context, settings: &Settings, args: &Verify) -> Result
         let store = open(cx, settings, Access::ReadWrite)?;
         let check_contents = args.contents || args.resume;
         let options = VerifyOptions { check_contents, repair: args.repair, resume: args.resume };
-        let verified = store.verify(options)?;
+        let how = How { shows_logs: shows_logs(&cx.terminal, LogFormat::RawWithLogs, false), ..How::NORMAL };
+        let verified = store.verify(options, &Repairs { realiser: cx.realiser(&store, settings), how })?;
         if args.json.json {
             let gone: Vec<String> = verified.disappeared.iter().map(|path| store.dir().full(path)).collect();
             print_json(&json!({ "errors": verified.errors, "disappeared": gone }))?;

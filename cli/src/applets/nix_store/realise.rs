@@ -33,8 +33,6 @@ pub(in crate::applets) enum RealiseOpError {
     NoLog { path: String },
     #[error("reading the build log of '{path}'")]
     ReadLog { path: String, source: std::io::Error },
-    #[error("cannot repair path '{path}'")]
-    CannotRepair { path: String },
 }
 
 impl Context {
@@ -135,14 +133,9 @@ pub(super) fn repair_paths(
     paths: &[OsString],
 ) -> Result<(), Failure> {
     let store = open(cx, settings, Access::ReadWrite)?;
+    let realiser = cx.realiser(&store, settings);
     for path in store_paths(store.dir(), paths)? {
-        let deriver = match store.info(&path)?.deriver {
-            Some(deriver) if store.is_valid(&deriver)? => deriver,
-            _ => return Err(RealiseOpError::CannotRepair { path: store.dir().full(&path) }.into()),
-        };
-        let target = Target { key: Key::Derivation(deriver), wanted: Wanted::All };
-        let how = How { silent: true, ..how(cx, common, BuildMode::Repair) };
-        cx.realiser(&store, settings).realise(vec![target], how)?;
+        realiser.repair(&path, how(cx, common, BuildMode::Repair))?;
     }
     Ok(())
 }

@@ -20,9 +20,10 @@ use larder_store::register::RegisterOptions;
 use larder_store::verify::VerifyOptions;
 use larder_store::{LocalStore, Options};
 
+use super::realise;
 use crate::applets::Context;
-use crate::args::nix_store::GcAction;
-use crate::args::shown;
+use crate::args::nix_store::{BuildMode, GcAction};
+use crate::args::{Common, shown};
 use crate::conf::{self, Facts, StoreChoice, choose};
 use crate::daemon::StoreOptions;
 use crate::daemon::socket::StdoutWriter;
@@ -31,6 +32,7 @@ use crate::exit::{Failure, Status};
 use crate::interrupt::Interrupt;
 use crate::paths::{absolute, store_path, store_paths};
 use crate::printer::{Output, Printer};
+use crate::realising::Repairs;
 use crate::terminal::Terminal;
 
 /// Why an operation on the store cannot be done.
@@ -277,9 +279,16 @@ pub(super) fn import(cx: &Context, settings: &Settings) -> Result<(), Failure> {
     Ok(out.finish()?)
 }
 
-pub(super) fn verify(cx: &Context, settings: &Settings, check_contents: bool, repair: bool) -> Result<Status, Failure> {
+pub(super) fn verify(
+    cx: &Context,
+    settings: &Settings,
+    common: &Common,
+    check_contents: bool,
+    repair: bool,
+) -> Result<Status, Failure> {
     let store = open(cx, settings, Access::ReadWrite)?;
-    let verified = store.verify(VerifyOptions { check_contents, repair, resume: false })?;
+    let repairs = Repairs { realiser: cx.realiser(&store, settings), how: realise::how(cx, common, BuildMode::Repair) };
+    let verified = store.verify(VerifyOptions { check_contents, repair, resume: false }, &repairs)?;
     if verified.errors > 0 {
         cx.terminal.message(Level::Warn, format_args!("not all store errors were fixed"));
         return Ok(Status::FAILURE);
