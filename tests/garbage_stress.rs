@@ -1,10 +1,11 @@
-//! Adders, readers, linkers and collectors in several processes, killed at random: nothing that
+//! Adders, readers, builders, linkers and collectors in several processes, killed at random: nothing that
 //! somebody relies on goes, and the store is whole at the end.
 //!
 //! Each process is this test program again, with a role. It checks what it may rely on, and a fault
 //! ends it with words that the parent repeats.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -110,6 +111,42 @@ fn reader(folder: &Path, random: &mut Random) {
     }
 }
 
+/// Builds something out of an object, with the program itself. The builder needs its input for some
+/// time; what was made has a link, so nobody takes it away until the link goes.
+fn builder(folder: &Path, random: &mut Random) {
+    let n = random.below(OBJECTS);
+    let me = format!("built-{}-{}", std::process::id(), random.below(1 << 30));
+    let script = format!(
+        "mkdir $out; for f in a b c; do cp $src/$f $out/$f; sleep 0.0{}; done; cmp $src/a $out/a; echo {} > $out/.by",
+        random.below(10),
+        if random.below(3) == 0 { me.as_str() } else { "anybody" },
+    );
+    let json = serde_json::json!({
+        "name": format!("built{n}"),
+        "builder": "/bin/sh",
+        "args": ["-e", "-c", script],
+        "env": { "PATH": "/bin:/usr/bin" },
+        "files": { "src": folder.join("sources").join(n.to_string()) },
+    });
+    let (file, link) = (folder.join(format!("{me}.json")), folder.join("links").join(&me));
+    std::fs::write(&file, json.to_string()).unwrap();
+    let mut larder = Command::new(env!("CARGO_BIN_EXE_larder"));
+    larder.args(["build", "--option", "sandbox", "false", "--option", "build-users-group", "", "--root"]);
+    larder.arg(&link).arg(&file).env("NIX_STORE_DIR", folder.join("store")).env("NIX_REMOTE", "");
+    for (name, dir) in [("NIX_STATE_DIR", "var"), ("NIX_LOG_DIR", "log"), ("NIX_CONF_DIR", "etc")] {
+        larder.env(name, folder.join(dir));
+    }
+    let made = larder.output().unwrap();
+    assert!(made.status.success(), "a build failed: {}", String::from_utf8_lossy(&made.stderr));
+    std::thread::sleep(Duration::from_millis(random.below(5)));
+    for name in ["a", "b", "c"] {
+        let text = std::fs::read(link.join(name)).unwrap_or_else(|e| panic!("{name} of what was built has gone: {e}"));
+        assert!(text.starts_with(b"object "), "what was built has other contents");
+    }
+    std::fs::remove_file(&link).unwrap();
+    std::fs::remove_file(&file).unwrap();
+}
+
 fn collector(folder: &Path, random: &mut Random) {
     let store = open(folder, false);
     let limit = (random.below(3) == 0).then(|| random.below(4000));
@@ -136,6 +173,7 @@ fn play(role: &str) {
         match role {
             "adder" => adder(folder, &mut random),
             "reader" => reader(folder, &mut random),
+            "builder" => builder(folder, &mut random),
             "collector" => collector(folder, &mut random),
             "linker" => linker(folder),
             other => panic!("no role {other}"),
@@ -149,6 +187,7 @@ fn start(folder: &Path, role: &str, seed: u64) -> Child {
         .env(ROLE, format!("{role} {seed} {}", folder.display()))
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
+        .process_group(0)
         .spawn()
         .unwrap()
 }
@@ -181,7 +220,8 @@ fn s090_soak_many_processes() {
     }
     drop(open(folder, false));
     let mut random = Random(0x1234_5678_9abc_def1);
-    let roles = ["adder", "adder", "adder", "reader", "reader", "collector", "collector", "linker"];
+    let roles =
+        ["adder", "adder", "adder", "reader", "reader", "builder", "builder", "collector", "collector", "linker"];
     let mut children: Vec<(usize, Child)> = Vec::new();
     let mut seed = 0;
     let (mut starts, mut kills) = (0, 0);
@@ -199,7 +239,9 @@ fn s090_soak_many_processes() {
         let (at, mut child) = children.swap_remove(victim);
         // It may have ended by itself, for a reason that we want to hear.
         if child.try_wait().unwrap().is_none() {
-            child.kill().unwrap();
+            // With what it has started.
+            let group = rustix::process::Pid::from_child(&child);
+            rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
             kills += 1;
         }
         finish(child, roles[at]);
@@ -211,6 +253,12 @@ fn s090_soak_many_processes() {
     let store = open(folder, false);
     let verified = store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }, &Nobody).unwrap();
     assert_eq!((verified.errors, verified.disappeared.len()), (0, 0));
+    // What builders did not come to take away.
+    let links: Vec<PathBuf> =
+        std::fs::read_dir(folder.join("links")).into_iter().flatten().map(|link| link.unwrap().path()).collect();
+    for link in links.iter().filter(|link| link.to_string_lossy().contains("/built-")) {
+        std::fs::remove_file(link).unwrap();
+    }
     let mut kept = Vec::new();
     for link in std::fs::read_dir(folder.join("links")).into_iter().flatten() {
         let link = link.unwrap().path();
