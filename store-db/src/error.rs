@@ -32,6 +32,13 @@ pub enum DbError {
     /// The file is no database of ours, or a part of it cannot be what we wrote.
     #[error("database '{}' is corrupt", path.display())]
     Corrupt { path: PathBuf, source: redb::DatabaseError },
+    /// What is in a file of ours makes no sense.
+    #[error("database '{}' is damaged", path.display())]
+    Damaged {
+        path: PathBuf,
+        #[source]
+        detail: Nonsense,
+    },
     /// Reading or writing the file failed in the middle of things (for instance on a full disk).
     #[error("cannot use the database")]
     Storage {
@@ -58,6 +65,11 @@ pub enum DbError {
     #[error("the registration holds more than {limit} paths or references")]
     TooLarge { limit: u32 },
 }
+
+/// What makes no sense.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Nonsense(pub String);
 
 fn quoted(paths: &[StorePath]) -> String {
     let mut text = String::new();

@@ -9,6 +9,7 @@
 pub mod batch;
 pub mod check;
 mod codec;
+mod damage;
 pub mod error;
 pub mod graph;
 pub mod open;

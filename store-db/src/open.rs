@@ -21,6 +21,7 @@ use std::time::Duration;
 use redb::backends::FileBackend;
 use redb::{ConcurrencyMode, Database, DatabaseError, ReadOnlyDatabase, ReadableDatabase as _, StorageError};
 
+use crate::damage::{self, guarded};
 use crate::error::DbError;
 use crate::query::ReadTxn;
 use crate::read_ahead::ReadAhead;
@@ -135,7 +136,7 @@ impl StoreDb {
             Ok(_) => Ok(db),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 if options.mode != Mode::Create {
-                    return Err(DbError::Missing { path: db.path });
+                    return Err(DbError::Missing { path: db.path.clone() });
                 }
                 db.create()?;
                 Ok(db)
@@ -182,8 +183,19 @@ impl StoreDb {
     /// `f` should not print or wait: while it runs no page that it may see is reused, so the
     /// file grows with every commit of others.
     pub fn read<T, E: From<DbError>>(&self, f: impl FnOnce(&ReadTxn) -> Result<T, E>) -> Result<T, E> {
-        let txn = self.begin_read()?;
-        f(&txn)
+        self.guarded(|| {
+            let txn = self.begin_read()?;
+            f(&txn)
+        })
+    }
+
+    /// Lets damage of the file end in an error.
+    fn guarded<T, E: From<DbError>>(&self, f: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        guarded(&self.path, f, || {
+            let reader = lock(&self.reader).take();
+            drop(reader);
+            self.forget_writer();
+        })
     }
 
     /// Runs `f` in the one write transaction there may be, waiting for others to finish theirs.
@@ -193,6 +205,14 @@ impl StoreDb {
     /// `f` must not call `write` again, nor wait for anything.
     pub fn write<T, E: From<DbError>>(&self, f: impl FnOnce(&mut WriteTxn<'_>) -> Result<T, E>) -> Result<T, E> {
         let writing = Writing::enter(&self.writing);
+        self.guarded(|| self.write_guarded(&writing, f))
+    }
+
+    fn write_guarded<T, E: From<DbError>>(
+        &self,
+        writing: &Writing<'_>,
+        f: impl FnOnce(&mut WriteTxn<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
         let txn = self.begin_write()?;
         writing.begun();
         let mut open = WriteTxn::open(&txn)?;
@@ -222,14 +242,16 @@ impl StoreDb {
     /// found complete by whoever writes next, and then it counts. When this returns, that has
     /// been decided, and reads tell.
     pub fn settle(&self) -> Result<(), DbError> {
-        self.begin_write().map(drop)
+        self.guarded(|| self.begin_write().map(drop))
     }
 
     /// Closes the file, which tells of errors that dropping keeps to itself. Nothing is lost
     /// without it, as every commit is durable.
     pub fn close(self) -> Result<(), DbError> {
-        let writer = lock(&self.writer).take().and_then(Arc::into_inner);
-        writer.map_or(Ok(()), |db| db.close().map_err(|error| self.database(error)))
+        self.guarded(|| {
+            let writer = lock(&self.writer).take().and_then(Arc::into_inner);
+            writer.map_or(Ok(()), |db| db.close().map_err(|error| self.database(error)))
+        })
     }
 
     fn begin_read(&self) -> Result<ReadTxn, DbError> {
@@ -431,6 +453,13 @@ impl StoreDb {
             }
             other => DbError::Storage { source: other.into() },
         }
+    }
+}
+
+impl Drop for StoreDb {
+    fn drop(&mut self) {
+        let Self { reader, writer, .. } = self;
+        damage::drop_quietly((lock(reader).take(), lock(writer).take()));
     }
 }
 

@@ -183,6 +183,7 @@ impl StoreError {
             Self::Db(
                 source @ (DbError::Storage { .. }
                 | DbError::Corrupt { .. }
+                | DbError::Damaged { .. }
                 | DbError::Inconsistent { .. }
                 | DbError::Record { .. }),
             ) => Self::Ledger { path: path.to_owned(), source },

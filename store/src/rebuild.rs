@@ -21,7 +21,8 @@ use larder_fs::dump::{self, DumpOptions};
 use larder_fs::file_error::FileError;
 use larder_fs::gc_lock::{GcLock, WAITING};
 use larder_fs::lock_file::{Sharing, Wait};
-use larder_store_db::{Batch, DbError};
+use larder_store_db::check::Finding;
+use larder_store_db::{Batch, DbError, Mode, OpenOptions, StoreDb};
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 
@@ -52,21 +53,25 @@ struct Read {
     outputs: BTreeMap<String, StorePath>,
 }
 
-/// Puts a ledger that cannot be read out of the way; gives where it is now, `None` if it can be read.
+/// Which ledgers are put out of the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SetAside {
+    /// Those that cannot be read, or not be written to.
+    Broken,
+    /// Any. What it says may be wrong in a way that only its owner knows of.
+    Any,
+}
+
+/// Puts a ledger out of the way; gives where it is now, `None` if it stays.
 ///
-/// Opening it is how one finds out, so that a sound ledger is never lost.
-pub fn set_broken_ledger_aside(db_dir: &Path) -> Result<Option<PathBuf>, StoreError> {
-    use larder_store_db::{Mode, OpenOptions, StoreDb};
+/// Opening it is how one finds out whether it is sound.
+pub fn set_ledger_aside(db_dir: &Path, which: SetAside) -> Result<Option<PathBuf>, StoreError> {
     let db = match StoreDb::open(db_dir, &OpenOptions::new(Mode::Existing)) {
         Err(DbError::Missing { .. }) => return Ok(None),
         db => db?,
     };
-    match db.check() {
-        Ok(_) => return Ok(None),
-        Err(
-            DbError::Corrupt { .. } | DbError::Storage { .. } | DbError::Inconsistent { .. } | DbError::Record { .. },
-        ) => {}
-        Err(error) => return Err(error.into()),
+    if which == SetAside::Broken && !is_broken(&db)? {
+        return Ok(None);
     }
     let file = db.path().to_owned();
     drop(db);
@@ -74,6 +79,21 @@ pub fn set_broken_ledger_aside(db_dir: &Path) -> Result<Option<PathBuf>, StoreEr
     aside.push(format!(".broken-{}", now_s()));
     std::fs::rename(&file, &aside).map_err(|e| FileError::new("moving aside", &file, e))?;
     Ok(Some(aside.into()))
+}
+
+fn is_broken(db: &StoreDb) -> Result<bool, DbError> {
+    // Some of what a reader never looks at is needed for writing.
+    match db.check().and_then(|findings| db.settle().map(|()| findings)) {
+        Ok(findings) => Ok(findings.iter().any(|finding| matches!(finding, Finding::BadRecord { .. }))),
+        Err(
+            DbError::Corrupt { .. }
+            | DbError::Damaged { .. }
+            | DbError::Storage { .. }
+            | DbError::Inconsistent { .. }
+            | DbError::Record { .. },
+        ) => Ok(true),
+        Err(error) => Err(error),
+    }
 }
 
 impl LocalStore {

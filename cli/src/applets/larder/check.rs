@@ -5,7 +5,7 @@ use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
 use larder_fs::layout::Access;
-use larder_store::rebuild::{Rebuilt, set_broken_ledger_aside};
+use larder_store::rebuild::{Rebuilt, SetAside, set_ledger_aside};
 use serde_json::{Value, json};
 
 use super::Json;
@@ -31,17 +31,21 @@ pub struct Rebuild {
     /// Only tell what would be registered
     #[arg(short = 'n', long)]
     pub dry_run: bool,
+    /// Set the present database aside even if it can be read, as what it says is wrong
+    #[arg(long, conflicts_with = "dry_run")]
+    pub fresh: bool,
     #[command(flatten)]
     pub json: Json,
 }
 
 pub(super) fn db(cx: &Context, settings: &Settings, args: &Db) -> Result<(), Failure> {
     let DbCommand::Rebuild(args) = &args.command;
+    let which = if args.fresh { SetAside::Any } else { SetAside::Broken };
     if !args.dry_run
-        && let Some(aside) = set_broken_ledger_aside(&local(cx, settings, Access::ReadWrite)?.db_dir)?
+        && let Some(aside) = set_ledger_aside(&local(cx, settings, Access::ReadWrite)?.db_dir, which)?
     {
-        let text = format_args!("the database cannot be read and is now '{}'", aside.display());
-        cx.terminal.message(Level::Warn, text);
+        let why = if args.fresh { "was set aside" } else { "cannot be used" };
+        cx.terminal.message(Level::Warn, format_args!("the database {why} and is now '{}'", aside.display()));
     }
     let store = open(cx, settings, Access::ReadWrite)?;
     let Rebuilt { proved, taken, left, unknown_derivers } = store.rebuild(args.dry_run)?;
