@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::house::{House, LARDER, run};
+use crate::house::{House, LARDER, Run, run};
 
 #[test]
 fn links_lead_to_the_applets() {
@@ -111,4 +111,47 @@ fn space_is_told_apart() {
     // Referrers stand in the place of references.
     let tree = house.words("larder", &format!("closure --referrers --format tree {c}"));
     tree.prints(&format!("{c}\n├───{a}\n└───{b}\n"));
+}
+
+/// The installation is looked at, nothing is changed, and each problem comes with what helps.
+#[test]
+fn doctor_finds_what_is_wrong() {
+    let house = House::new();
+    let verdicts = |run: &Run| -> std::collections::BTreeMap<String, String> {
+        let rows: serde_json::Value = serde_json::from_str(&run.stdout).unwrap_or_else(|e| panic!("{e}: {run:?}"));
+        let text = |row: &serde_json::Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
+        let rows = rows.as_array().unwrap().iter();
+        rows.map(|row| (text(row, "about"), format!("{}: {}", text(row, "verdict"), text(row, "text")))).collect()
+    };
+    let doctor = |more: &[&str]| house.run("larder", [&["doctor", "--json"], more].concat());
+    let before = verdicts(&doctor(&[]));
+    assert!(before["database"].starts_with("note: there is no"), "{before:?}");
+    assert!(!house.path().join("store").exists() && !house.path().join("var").exists(), "nothing is made");
+    let path = house.add("file", "contents");
+    let sound = doctor(&[]);
+    assert_eq!(sound.status, Some(0), "{sound:?}");
+    let sound = verdicts(&sound);
+    assert!(sound["database"].ends_with(", 1 valid paths") && sound["leftovers"] == "good: none", "{sound:?}");
+    // A dead daemon, what killed runs have left, a key that is none, a store that is everybody's.
+    let socket = house.path().join("socket");
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let store = house.path().join("store");
+    std::fs::write(format!("{path}.lock"), "").unwrap();
+    std::fs::create_dir(store.join(".larder-trash-1-1")).unwrap();
+    std::fs::set_permissions(&store, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    std::fs::write(house.path().join("var/db/larder.redb"), "no database").unwrap();
+    let run = doctor(&["--option", "trusted-public-keys", "a:b c"]);
+    assert_eq!(run.status, Some(1), "{run:?}");
+    let found = verdicts(&run);
+    for (about, what) in [
+        ("daemon", "problem: nobody listens at"),
+        ("store directory", "problem: "),
+        ("database", "problem: "),
+        ("leftovers", "note: 1 entries that a killed run was deleting or linking, 1 lock files of nobody"),
+        ("trusted keys", "problem: not all can be read: a:b c"),
+    ] {
+        assert!(found[about].starts_with(what), "{about}: {found:?}");
+    }
+    let words = house.words("larder", "doctor").stdout;
+    assert!(words.contains("larder db rebuild") && words.contains("chmod o-w"), "{words}");
 }

@@ -5,6 +5,7 @@ mod build;
 mod changing;
 mod check;
 mod derivation;
+mod doctor;
 mod garbage;
 mod links;
 
@@ -87,6 +88,8 @@ pub enum Command {
     Verify(Verify),
     /// Look after the database
     Db(check::Db),
+    /// Check the installation, and tell what mends it
+    Doctor(doctor::Doctor),
     /// Tell what takes the space: the size of closures, and what only they need
     Du(Du),
     /// Delete what nothing needs, after telling what that is
@@ -438,6 +441,7 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Verify(args) => return changing::verify(cx, &settings, &args),
         Command::Adopt(args) => changing::adopt(cx, &settings, &args)?,
         Command::Db(args) => check::db(cx, &settings, &args)?,
+        Command::Doctor(args) => return doctor::doctor(cx, &settings, &args),
         Command::Gc(args) => return garbage::collect(cx, &settings, &args),
         Command::Why(args) => return garbage::why(cx, &settings, &args),
         Command::Roots(args) => return garbage::roots(cx, &settings, &args),
