@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, OsStr};
-use std::io::Read as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -49,10 +48,10 @@ pub fn candidates(store_dir: &StoreDir, proc: &Path) -> (Vec<Root>, Vec<FileErro
     }
     let uses: Vec<_> = pids
         .into_par_iter()
-        .map(|pid| {
+        .map_init(Vec::new, |buffer, pid| {
             let pid = OsStr::from_bytes(pid.to_bytes());
             let mut uses = Uses::new(store_dir, proc.join(pid));
-            uses.process();
+            uses.process(buffer);
             (uses.found, uses.failures)
         })
         .collect();
@@ -80,22 +79,28 @@ impl<'a> Uses<'a> {
         Self { store_dir, dir, found: BTreeSet::new(), failures: Vec::new() }
     }
 
-    fn process(&mut self) {
+    /// `buffer` is scratch space.
+    fn process(&mut self, buffer: &mut Vec<u8>) {
         // All from one directory: the number may be another process's the next moment.
         let dir = match open_dir(CWD, self.dir.as_os_str()) {
             Ok(dir) => dir,
             Err(e) => return self.failed("opening directory", "", e),
         };
-        for name in ["exe", "cwd"] {
-            self.link(dir.as_fd(), name, name);
-        }
+        let runs = self.link(dir.as_fd(), "exe", "exe");
+        let _ = self.link(dir.as_fd(), "cwd", "cwd");
         self.descriptors(&dir);
-        match read(dir.as_fd(), "maps") {
-            Ok(text) => text.split(|b| *b == b'\n').filter_map(mapped_file).for_each(|file| self.add("maps", file)),
+        // Threads of the kernel, and what has ended, have no memory.
+        if runs == Err(Errno::NOENT) {
+            return;
+        }
+        let finder = memmem::Finder::new(self.store_dir.as_str());
+        match read(dir.as_fd(), "maps", buffer) {
+            Ok(()) if finder.find(buffer).is_none() => {}
+            Ok(()) => buffer.split(|b| *b == b'\n').filter_map(mapped_file).for_each(|file| self.add("maps", file)),
             Err(e) => self.failed("reading", "maps", e),
         }
-        match read(dir.as_fd(), "environ") {
-            Ok(text) => self.environment(&text),
+        match read(dir.as_fd(), "environ", buffer) {
+            Ok(()) => self.environment(buffer),
             Err(e) => self.failed("reading", "environ", e),
         }
     }
@@ -113,7 +118,7 @@ impl<'a> Uses<'a> {
             match entry {
                 Ok(entry) if is_number(entry.file_name()) => {
                     let number = entry.file_name().to_string_lossy();
-                    self.link(fds.as_fd(), &number, &format!("fd/{number}"));
+                    let _ = self.link(fds.as_fd(), &number, &format!("fd/{number}"));
                 }
                 Ok(_) => {}
                 Err(e) => return self.failed("reading directory", "fd", e),
@@ -121,11 +126,13 @@ impl<'a> Uses<'a> {
         }
     }
 
-    fn link(&mut self, dir: BorrowedFd<'_>, name: &str, shown: &str) {
-        match rustix::fs::readlinkat(dir, name, Vec::new()) {
+    fn link(&mut self, dir: BorrowedFd<'_>, name: &str, shown: &str) -> Result<(), Errno> {
+        let target = rustix::fs::readlinkat(dir, name, Vec::new());
+        match &target {
             Ok(target) => self.add(shown, target.as_bytes()),
-            Err(e) => self.failed("reading symlink", shown, e),
+            Err(e) => self.failed("reading symlink", shown, *e),
         }
+        target.map(drop)
     }
 
     /// Every store directory, slash and run of characters of a path. Text that is glued to a path
@@ -170,12 +177,18 @@ fn open_dir(dir: BorrowedFd<'_>, name: &OsStr) -> rustix::io::Result<OwnedFd> {
     rustix::fs::openat(dir, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
-fn read(dir: BorrowedFd<'_>, name: &str) -> rustix::io::Result<Vec<u8>> {
+/// Reads a file of `/proc` into the buffer. The kernel gives a page of it at a time at most.
+fn read(dir: BorrowedFd<'_>, name: &str, buffer: &mut Vec<u8>) -> rustix::io::Result<()> {
+    const ROOM: usize = 16 << 10;
     let file = rustix::fs::openat(dir, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    let mut text = Vec::new();
-    match std::fs::File::from(file).read_to_end(&mut text) {
-        Ok(_) => Ok(text),
-        Err(e) => Err(Errno::from_io_error(&e).unwrap_or(Errno::IO)),
+    buffer.clear();
+    loop {
+        buffer.reserve(ROOM);
+        match rustix::io::read(&file, rustix::buffer::spare_capacity(buffer)) {
+            Ok(0) => return Ok(()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
+        }
     }
 }
 
@@ -224,6 +237,7 @@ mod tests {
         }
         symlink(format!("{}/bin/sh", full(1)), proc.join("12/exe")).unwrap();
         symlink("/home/u", proc.join("12/cwd")).unwrap();
+        symlink("/bin/sh", proc.join("13/exe")).unwrap();
         for (n, target) in [
             ("0", full(2)),
             ("1", format!("{}/x (deleted)", full(3))),
