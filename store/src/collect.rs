@@ -151,6 +151,8 @@ impl LocalStore {
         budget: &mut Budget,
     ) -> Result<(), StoreError> {
         let graph = &survey.graph;
+        // Of a small ledger all pages are soon written, however many paths go.
+        let most = if graph.len() <= 8 * BATCH { 4 * BATCH } else { BATCH };
         let mut dead = survey.dead();
         let units = live::units(graph, &dead, survey.rules, seed);
         let mut units = units.iter().peekable();
@@ -174,7 +176,7 @@ impl LocalStore {
                     bytes = unit.iter().fold(bytes, |sum, node| sum.saturating_add(size_bytes(graph, *node)));
                     count += unit.len();
                     // Of what frees no more than the limit, more can go at once.
-                    if !batch.is_empty() && (count > BATCH || budget.limit.is_some() && bytes > budget.left()) {
+                    if !batch.is_empty() && (count > most || budget.limit.is_some() && bytes > budget.left()) {
                         break;
                     }
                     if claims.begin(unit.iter().map(|node| graph.hash_part(*node))) {
