@@ -114,15 +114,17 @@ pub fn remove_counted(target: Target<'_>, on_failure: OnFailure, links: &LinkCou
     remover.run()
 }
 
-/// [`remove_counted`] of what is no directory; `None`, and nothing done, if it is one.
-pub fn remove_file_counted(target: Target<'_>, links: &LinkCounts) -> Result<Option<Removed>, RemoveError> {
+/// [`remove_counted`] of what goes at once: no directory, and no file of more than 16 MiB, which keeps
+/// some file systems busy. Of those nothing is done, and `None` given.
+pub fn remove_small_counted(target: Target<'_>, links: &LinkCounts) -> Result<Option<Removed>, RemoveError> {
     let name = target.checked_name("deleting").map_err(|e| RemoveError::new(e, Removed::default()))?;
     let top = Top { dir: target.dir, path: target.dir_path, name, inside: false };
     let mut remover = Remover::new(&top, OnFailure::Stop, 0);
     remover.links = Some(links);
+    remover.most_bytes = 16 << 20;
     match remover.unlink(&top.name) {
         Ok(Outcome::Gone) => Ok(Some(remover.removed)),
-        Ok(Outcome::IsDirectory) => Ok(None),
+        Ok(Outcome::IsDirectory | Outcome::TooLarge) => Ok(None),
         Err(Stop(error)) => Err(RemoveError::new(error, remover.removed)),
     }
 }
@@ -229,6 +231,8 @@ struct Remover<'a> {
     on_failure: OnFailure,
     parallel_levels: usize,
     links: Option<&'a LinkCounts>,
+    /// Larger files are left alone.
+    most_bytes: u64,
     removed: Removed,
     buffer: Vec<u8>,
     /// Serial number for the names of what is moved up.
@@ -243,12 +247,15 @@ struct Stop(FileError);
 enum Outcome {
     Gone,
     IsDirectory,
+    /// Left alone, see [`Remover::most_bytes`].
+    TooLarge,
 }
 
 impl<'a> Remover<'a> {
     fn new(top: &'a Top<'a>, on_failure: OnFailure, parallel_levels: usize) -> Self {
         let (levels, removed) = (Vec::new(), Removed::default());
-        Self { top, levels, on_failure, parallel_levels, links: None, removed, buffer: Vec::new(), moved: 0 }
+        let (links, most_bytes, buffer) = (None, u64::MAX, Vec::new());
+        Self { top, levels, on_failure, parallel_levels, links, most_bytes, removed, buffer, moved: 0 }
     }
 
     fn run(mut self) -> Result<Removed, RemoveError> {
@@ -261,7 +268,7 @@ impl<'a> Remover<'a> {
     /// The rest, after a look at the entry itself.
     fn run_from(mut self, outcome: Outcome) -> Result<Removed, RemoveError> {
         let mut result = match outcome {
-            Outcome::Gone => Ok(()),
+            Outcome::Gone | Outcome::TooLarge => Ok(()),
             Outcome::IsDirectory => self.enter(self.top.name.clone()),
         };
         while result.is_ok() && !self.levels.is_empty() {
@@ -326,6 +333,7 @@ impl<'a> Remover<'a> {
         for last_try in [false, true] {
             let mut status = match Status::at(self.dir(), name) {
                 Ok(status) if status.kind == FileType::Directory => return Ok(Outcome::IsDirectory),
+                Ok(status) if status.size > self.most_bytes => return Ok(Outcome::TooLarge),
                 Ok(status) => status,
                 Err(Errno::NOENT) => return Ok(Outcome::Gone),
                 Err(Errno::ACCESS) if !last_try && self.loosen() => continue,
@@ -369,7 +377,7 @@ impl<'a> Remover<'a> {
             Err(Errno::NOENT) => Ok(()),
             // No directory any more.
             Err(Errno::NOTDIR | Errno::LOOP) => match self.unlink(&name)? {
-                Outcome::Gone => Ok(()),
+                Outcome::Gone | Outcome::TooLarge => Ok(()),
                 Outcome::IsDirectory if self.levels.is_empty() => self.fail("deleting", Some(&name), Errno::AGAIN),
                 Outcome::IsDirectory => {
                     self.mark(|level| level.subdirs.push(name));
@@ -580,6 +588,28 @@ mod tests {
 
     fn chmod(path: &Path, mode: u32) {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    /// What goes at once, and what is left for somebody with more time.
+    #[test]
+    fn small_things_go_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let links = LinkCounts::new(dir.path().join(".links"));
+        let fd = open(dir.path());
+        let of = |name| Target { dir: fd.as_fd(), name: OsStr::new(name), dir_path: dir.path() };
+        fs::write(dir.path().join("small"), "12345").unwrap();
+        symlink("nowhere", dir.path().join("link")).unwrap();
+        fs::File::create(dir.path().join("large")).unwrap().set_len((16 << 20) + 1).unwrap();
+        fs::create_dir_all(dir.path().join("tree/sub")).unwrap();
+        fs::write(dir.path().join("tree/sub/file"), "123").unwrap();
+        let freed = |name| remove_small_counted(of(name), &links).unwrap().map(|removed| removed.bytes_freed);
+        assert_eq!(freed("small"), Some(5));
+        assert_eq!(freed("link"), Some(7));
+        assert_eq!(freed("missing"), Some(0));
+        assert_eq!((freed("large"), freed("tree")), (None, None));
+        let all = |name| remove_directory_counted(of(name), OnFailure::Stop, &links).unwrap();
+        assert_eq!((all("tree").bytes_freed, all("large").bytes_freed, all("missing").entries), (3, (16 << 20) + 1, 0));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

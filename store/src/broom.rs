@@ -18,7 +18,7 @@ use larder_fs::entry::Target;
 use larder_fs::file_error::FileError;
 use larder_fs::gc_lock::{GcLock, WAITING};
 use larder_fs::lock_file::{Sharing, Wait};
-use larder_fs::remove::{LinkCounts, OnFailure, remove_counted, remove_directory_counted, remove_file_counted, thaw};
+use larder_fs::remove::{LinkCounts, OnFailure, remove_counted, remove_directory_counted, remove_small_counted, thaw};
 use larder_gc::hand_over::{Desk, listen_during};
 use larder_store_db::DbError;
 use rayon::prelude::*;
@@ -268,8 +268,8 @@ impl Broom<'_> {
     fn move_aside(&mut self, entry: &OsStr) -> Result<Option<OsString>, StoreError> {
         let dir = self.store.store_fd()?;
         let target = Target { dir, name: entry, dir_path: &self.store.layout().real_store };
-        // A file goes faster than it gets another name.
-        match remove_file_counted(target, self.counts) {
+        // A small file goes faster than it gets another name.
+        match remove_small_counted(target, self.counts) {
             Ok(Some(removed)) => {
                 self.has_freed(removed.bytes_freed);
                 return Ok(None);
