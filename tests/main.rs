@@ -23,6 +23,7 @@ mod people;
 mod process;
 mod realise;
 mod stress;
+mod substitute;
 mod tidy;
 mod vectors;
 mod without_store;

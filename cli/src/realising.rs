@@ -14,12 +14,15 @@ use larder_realise::build::{self, BuildSettings};
 use larder_realise::derivations::Derivations;
 use larder_realise::driver::{Builder, Driver, RealiseError};
 use larder_realise::job::{Job, Mode, Outcome, Watch};
-use larder_realise::missing::{Missing, missing};
+use larder_realise::missing::{Missing, Sources, missing_from};
 use larder_realise::plan::{Key, Target, Wanted};
+use larder_realise::substitute::{Substituters, Substitution, Trust};
 use larder_store::LocalStore;
 
 use crate::args::shown;
 use crate::builds::{BuildView, Trace};
+use crate::caches::caches;
+use crate::conf::Env;
 use crate::exit::Failure;
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::paths::{PathArgumentError, store_path};
@@ -113,6 +116,7 @@ pub struct Realiser<'a> {
     pub settings: &'a Settings,
     pub terminal: &'a Arc<Terminal>,
     pub interrupt: &'a Interrupt,
+    pub env: &'a Env,
 }
 
 impl Realiser<'_> {
@@ -123,8 +127,12 @@ impl Realiser<'_> {
         }
         let store = self.store;
         let derivations = Derivations::new(store);
+        let caches = (self.settings.substitute && !how.read_only)
+            .then(|| caches(self.env, self.settings, store.dir(), &store.shared_reporter()))
+            .filter(|caches| !caches.is_empty());
         if !how.silent || how.dry_run || how.ignore_unknown {
-            let missing = missing(store, &derivations, &targets)?;
+            let sources = caches.as_ref().map(|caches| Sources { caches, settings: self.settings });
+            let missing = missing_from(store, &derivations, &targets, sources)?;
             if how.ignore_unknown {
                 targets.retain(|target| !missing.unknown.contains(target.key.path()));
             }
@@ -145,7 +153,13 @@ impl Realiser<'_> {
         let trace =
             how.trace.then(|| Trace { logs: store.layout().drv_logs(), compressed: self.settings.compress_build_log });
         let view = BuildView::new(self.terminal, store.dir(), how.shows_logs, trace);
-        let driver = Driver::new(store, self.settings, &derivations, &builder, &view).read_only(how.read_only);
+        let substitution = match &caches {
+            Some(caches) => Some(Substitution::new(store, caches, Trust::of(self.settings)?)),
+            None => None,
+        };
+        let driver = Driver::new(store, self.settings, &derivations, &builder, &view)
+            .substituters(substitution.as_ref().map(|from| from as &dyn Substituters))
+            .read_only(how.read_only);
         let report = driver.realise(&targets, how.mode);
         drop(view);
         match report.check(|text| self.terminal.error_text(text)) {
@@ -164,6 +178,16 @@ impl Realiser<'_> {
             many => say(format_args!("these {many} derivations will be built:")),
         }
         for path in &missing.will_build {
+            say(format_args!("  {}", dir.display(path)));
+        }
+        let sizes =
+            || format!("{} download, {} unpacked", mib(missing.download_size_bytes), mib(missing.nar_size_bytes));
+        match missing.will_fetch.len() {
+            0 => {}
+            1 => say(format_args!("this path will be fetched ({}):", sizes())),
+            many => say(format_args!("these {many} paths will be fetched ({}):", sizes())),
+        }
+        for path in &missing.will_fetch {
             say(format_args!("  {}", dir.display(path)));
         }
         if !missing.unknown.is_empty() {
@@ -194,6 +218,12 @@ impl Realiser<'_> {
             }
         }
     }
+}
+
+/// Bytes as people read them: `1.50 MiB`.
+#[expect(clippy::cast_precision_loss, reason = "two digits are shown")]
+fn mib(bytes: u64) -> String {
+    format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 #[cfg(test)]

@@ -40,7 +40,7 @@ pub(in crate::applets) enum RealiseOpError {
 impl Context {
     /// Realises in a store, with this command's terminal and signals.
     pub(in crate::applets) fn realiser<'a>(&'a self, store: &'a LocalStore, settings: &'a Settings) -> Realiser<'a> {
-        Realiser { store, settings, terminal: &self.terminal, interrupt: &self.interrupt }
+        Realiser { store, settings, terminal: &self.terminal, interrupt: &self.interrupt, env: &self.env }
     }
 }
 
