@@ -22,7 +22,7 @@ pub fn fetch(house: &House, shelf: &Shelf, uris: &str, words: &[&str]) -> Run {
     let key = shelf.key.public().to_string();
     let fixed = ["--no-gc-warning", "--option", "substituters", uris, "--option", "trusted-public-keys", &key];
     let quick = ["--option", "download-attempts", "1", "--option", "sandbox", "false"];
-    house.run("nix-store", words.iter().copied().chain(fixed).chain(quick))
+    house.run("nix-store", fixed.into_iter().chain(quick).chain(words.iter().copied()))
 }
 
 fn full(shelf: &Shelf, info: &NarInfo) -> String {
@@ -344,6 +344,9 @@ fn the_others_serve_when_one_fails() {
     let other = House::new();
     let theirs = self::shelf(&other);
     let (drv, _) = three_outputs(&other, &theirs, "");
+    let broken = Server::folder(&theirs.folder, Duration::ZERO, |request| {
+        request.path.ends_with(".narinfo").then(|| Answer::status(500))
+    });
     let run = fetch(&other, &theirs, &broken.url(), &["-r", &drv]);
     assert!(run.stderr.contains("HTTP error 500") && run.status == Some(1), "{run:?}");
     let run = fetch(&other, &theirs, &broken.url(), &["-r", "--fallback", &drv]);
@@ -368,4 +371,66 @@ fn the_order_is_that_of_priorities() {
     let run = fetch(&house, &shelf, &other.uri(), &["-r", &format!("{}/{}-x", shelf.dir, "8".repeat(32))]);
     let text = format!("is for Nix stores with prefix '/nix/store', not '{}'", shelf.dir);
     assert!(run.stderr.contains(&text), "{run:?}");
+}
+
+#[test]
+fn s029_locks_go_when_the_path_is_there() {
+    let house = House::new();
+    let shelf = shelf(&house);
+    let a = shelf.add(1, "a", b"from a", &[], Method::Xz);
+    let path = full(&shelf, &a);
+    let json =
+        r#"{"name": "slow", "builder": "/bin/sh", "args": ["-c", "sleep 60"], "env": {"PATH": "/bin:/usr/bin"}}"#;
+    let file = house.write("slow.json", json);
+    let drv = house.run("larder", ["derivation".as_ref(), "add".as_ref(), file.as_os_str()]).stdout;
+    let key = shelf.key.public().to_string();
+    let uri = shelf.uri();
+    let words =
+        ["-r", &path, drv.trim_end(), "--option", "substituters", &uri, "--option", "trusted-public-keys", &key];
+    let mut command = house.applet("nix-store");
+    let mut child = crate::house::spawn(command.args(words).args(["--option", "sandbox", "false"]));
+    let began = Instant::now();
+    while !is_valid(&house, &path) {
+        assert!(began.elapsed() < Duration::from_secs(30), "it does not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Another process can lock it, while the first still runs.
+    std::thread::sleep(Duration::from_millis(100));
+    let locked = crate::house::run(house.command("flock").args(["-n", &format!("{path}.lock"), "true"]), b"");
+    assert_eq!(locked.status, Some(0), "{locked:?}");
+    assert!(child.try_wait().unwrap().is_none());
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// How a process that is killed while it fetches leaves things: as if it had not begun.
+#[test]
+fn a_killed_fetch_leaves_nothing_valid_and_is_done_again() {
+    let house = House::new();
+    let shelf = shelf(&house);
+    let a = shelf.add(1, "a", &b"from a ".repeat(100_000), &[], Method::None);
+    let path = full(&shelf, &a);
+    let nar = std::fs::read(shelf.folder.join(&a.url)).unwrap();
+    let half = nar.len() / 2;
+    let stuck = Server::folder(&shelf.folder, Duration::ZERO, move |request| {
+        let mut raw = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", nar.len()).into_bytes();
+        raw.extend_from_slice(&nar[..half]);
+        request.path.starts_with("/nar/").then_some(Answer::Hang(raw))
+    });
+    let key = shelf.key.public().to_string();
+    let url = stuck.url();
+    let words = ["-r", &path, "--option", "substituters", &url, "--option", "trusted-public-keys", &key];
+    for signal in ["KILL", "INT"] {
+        let mut child = crate::house::spawn(house.applet("nix-store").args(words));
+        std::thread::sleep(Duration::from_millis(700));
+        // Meanwhile another waits for the lock, and says so; it goes on when the first is gone.
+        let began = Instant::now();
+        let id = child.id().to_string();
+        assert_eq!(crate::house::run(house.command("kill").args(["-s", signal, &id]), b"").status, Some(0));
+        let status = child.wait().unwrap();
+        assert!(began.elapsed() < Duration::from_secs(5), "{signal}: {:?}", began.elapsed());
+        assert!(!status.success() && !is_valid(&house, &path), "{signal}: {status:?}");
+    }
+    assert_eq!(fetch(&house, &shelf, &shelf.uri(), &["-r", &path]).status, Some(0));
+    house.words("nix-store", &format!("--verify-path {path}")).prints("");
 }

@@ -4,21 +4,25 @@
 //! Source: protocols, section 5.1.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStringExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use larder_core::report::{Level, Reporter, chain};
 use larder_core::settings::Settings;
-use ureq::http::{HeaderMap, Method, Request, header};
+use rustix::fs::{Mode, OFlags};
+use ureq::http::{self, HeaderMap, Request, header};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
 use ureq::{Agent, BodyReader, Proxy};
 
+use crate::compress;
 use crate::error::{CacheError, DownloadError};
 use crate::netrc::credentials;
-use crate::uri::host;
+use crate::uri::{host, percent_decoded};
 
 /// What the text of the agent says.
 const USER_AGENT: &str = concat!("Larder/", env!("CARGO_PKG_VERSION"));
@@ -253,6 +257,26 @@ impl Client {
         Err(DownloadError::Stopped)
     }
 
+    /// Opens whatever a URL names: also `file://`, of which only regular files are read. Encodings
+    /// of the server are undone.
+    pub fn open(self: &Arc<Self>, url: &str) -> Result<Box<dyn Read + Send>, DownloadError> {
+        if let Some(path) = url.strip_prefix("file://") {
+            let path = OsString::from_vec(percent_decoded(path));
+            // Not blocking: a FIFO would be waited for without end.
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+            let opened = rustix::fs::open(&path, flags, Mode::empty());
+            let file = File::from(opened.map_err(|e| DownloadError::File(e.into()))?);
+            if !file.metadata().is_ok_and(|meta| meta.is_file()) {
+                return Err(DownloadError::NotRegular);
+            }
+            return Ok(Box::new(file));
+        }
+        let download = self.get(&Get { url: url.to_owned(), ..Get::default() })?;
+        let Some(encoding) = download.encoding().map(str::to_owned) else { return Ok(Box::new(download)) };
+        let method = compress::Method::of_encoding(&encoding).ok_or(DownloadError::Encoding(encoding))?;
+        method.decoder(download).map_err(|source| DownloadError::Cut { at: 0, source })
+    }
+
     /// One attempt.
     fn once(self: &Arc<Self>, get: &Get, resume: Option<&Resume>, stops: u64) -> Result<Open, DownloadError> {
         if let Some((scheme, _)) = get.url.split_once("://").filter(|(scheme, _)| !matches!(*scheme, "http" | "https"))
@@ -276,11 +300,11 @@ impl Client {
         let bad = |error| DownloadError::from(ureq::Error::Http(error));
         let response = match &get.body {
             None => {
-                let request = request.method(Method::GET).body(()).map_err(bad)?;
+                let request = request.method(http::Method::GET).body(()).map_err(bad)?;
                 agent.run(agent.configure_request(request).proxy(proxy).build())
             }
             Some(body) => {
-                let request = request.method(Method::POST).body(&**body).map_err(bad)?;
+                let request = request.method(http::Method::POST).body(&**body).map_err(bad)?;
                 agent.run(agent.configure_request(request).proxy(proxy).build())
             }
         };

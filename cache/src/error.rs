@@ -99,6 +99,10 @@ pub enum DownloadError {
     Encoding(String),
     #[error("the download was stopped")]
     Stopped,
+    #[error("cannot read the file")]
+    File(#[source] io::Error),
+    #[error("it is no regular file")]
+    NotRegular,
 }
 
 impl From<ureq::Error> for DownloadError {
@@ -123,7 +127,7 @@ impl DownloadError {
                     | ureq::Error::Protocol(_)
             ),
             Self::Stalled { .. } | Self::Cut { .. } | Self::Short { .. } => true,
-            Self::Scheme { .. } | Self::Encoding(_) | Self::Stopped => false,
+            Self::Scheme { .. } | Self::Encoding(_) | Self::Stopped | Self::File(_) | Self::NotRegular => false,
         }
     }
 }

@@ -10,7 +10,8 @@
 //!   cache on a disk;
 //! - [`binary_cache`]: one cache; [`caches`]: several, asked in order of their priority;
 //!   [`lookups`]: what was asked before, also by other processes;
-//! - [`compress`], [`nar`]: archives on their way, decompressed and checked.
+//! - [`compress`], [`nar`]: archives on their way, decompressed and checked;
+//! - [`write`], [`listing`]: making a cache; [`serve`]: being one; [`closure`]: many paths at once.
 //!
 //! HTTP is spoken with `ureq`: one request a connection at a time, connections kept and used
 //! again, a thread for each request that is open. HTTP/2 would put many requests on one
@@ -31,6 +32,7 @@ pub mod listing;
 pub mod lookups;
 pub mod nar;
 pub mod netrc;
+pub mod serve;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod uri;

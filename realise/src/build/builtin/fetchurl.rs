@@ -2,17 +2,14 @@
 //!
 //! What comes is checked against the hash of the derivation afterwards, as any fixed output is.
 
-use std::ffi::OsString;
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Write as _};
-use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use larder_cache::client::{Client, ClientOptions, Get, Proxies};
-use larder_cache::uri::percent_decoded;
+use larder_cache::client::{Client, ClientOptions, Proxies};
 use larder_core::report::{Level, Reporter, chain};
 use larder_fs::restore::{RestoreOptions, Restorer};
 use serde_json::Value;
@@ -40,16 +37,8 @@ fn fetch(given: &Given<'_>, url: &str, out: &Path) -> Result<(), Anything> {
     write(given, url, open(given, url).map_err(at_url)?, out)
 }
 
-fn open(given: &Given<'_>, url: &str) -> Result<Box<dyn Read>, Anything> {
-    if let Some(path) = url.strip_prefix("file://") {
-        let file = File::open(Path::new(&OsString::from_vec(percent_decoded(path))))?;
-        if !file.metadata().is_ok_and(|meta| meta.is_file()) {
-            return Err("it is no regular file".into());
-        }
-        return Ok(Box::new(file));
-    }
-    let client = Client::new(options(given), Arc::new(Log));
-    Ok(Box::new(client.get(&Get { url: url.to_owned(), ..Get::default() })?))
+fn open(given: &Given<'_>, url: &str) -> Result<Box<dyn Read + Send>, Anything> {
+    Ok(Client::new(options(given), Arc::new(Log)).open(url)?)
 }
 
 /// What the settings outside and the environment of the builder (`impureEnvVars`) say.
@@ -85,7 +74,7 @@ impl Reporter for Log {
     }
 }
 
-fn write(given: &Given<'_>, url: &str, mut body: Box<dyn Read>, out: &Path) -> Result<(), Anything> {
+fn write(given: &Given<'_>, url: &str, mut body: Box<dyn Read + Send>, out: &Path) -> Result<(), Anything> {
     if given.is_set("unpack") {
         let source =
             if Path::new(url).extension().is_some_and(|ext| ext == "xz") { unpack::uncompressed(body)? } else { body };

@@ -7,7 +7,7 @@
 mod buildenv;
 mod channel;
 mod fetchurl;
-mod unpack;
+pub mod unpack;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
