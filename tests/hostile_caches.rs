@@ -174,6 +174,7 @@ fn servers_that_break_off_or_never_end() {
     let length = packed.len();
     let endless = |head: &str, again: &[u8]| Answer::Endless { head: head.into(), again: again.to_vec() };
     let ok = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n");
+    let chunk = [b"1000\r\n", &[b'x'; 4096][..], b"\r\n"].concat();
     let answers: Vec<Answer> = vec![
         Answer::status(500),
         Answer::status(404),
@@ -185,7 +186,7 @@ fn servers_that_break_off_or_never_end() {
         endless("HTTP/1.1 200 OK\r\n", b"X-More: and more of it\r\n"),
         // A body without a length, that has no end.
         endless("HTTP/1.1 200 OK\r\n\r\n", &[b'x'; 4096]),
-        endless("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"4\r\nxxxx\r\n"),
+        endless("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", &chunk),
         Answer::redirect("/nar/again"),
         Answer::Full { status: 200, headers: vec![("Content-Encoding".into(), "zork".into())], body: packed.clone() },
     ];

@@ -434,3 +434,35 @@ fn a_killed_fetch_leaves_nothing_valid_and_is_done_again() {
     assert_eq!(fetch(&house, &shelf, &shelf.uri(), &["-r", &path]).status, Some(0));
     house.words("nix-store", &format!("--verify-path {path}")).prints("");
 }
+
+#[test]
+fn damaged_paths_are_fetched_anew() {
+    let house = House::new();
+    let shelf = shelf(&house);
+    let [a, b, c] = three(&shelf);
+    let [a, b, c] = [&a, &b, &c].map(|info| full(&shelf, info));
+    assert_eq!(fetch(&house, &shelf, &shelf.uri(), &["-r", &c]).status, Some(0));
+    let spoil = |path: &str| {
+        let mut permissions = Path::new(path).metadata().unwrap().permissions();
+        #[expect(clippy::permissions_set_readonly_false, reason = "it is spoilt on purpose")]
+        permissions.set_readonly(false);
+        std::fs::set_permissions(path, permissions).unwrap();
+        std::fs::write(path, "spoilt").unwrap();
+    };
+    spoil(&c);
+    let run = fetch(&house, &shelf, &shelf.uri(), &["-r", "--repair", &c]);
+    assert_eq!(run.status, Some(0), "{run:?}");
+    house.words("nix-store", &format!("--verify-path {c}")).prints("");
+    spoil(&a);
+    std::fs::remove_file(&b).unwrap();
+    for path in [&a, &b] {
+        let run = fetch(&house, &shelf, &shelf.uri(), &["--repair-path", path]);
+        assert_eq!(run.status, Some(0), "{run:?}");
+    }
+    house.words("nix-store", &format!("--verify-path {a} {b} {c}")).prints("");
+    assert_eq!(std::fs::read_to_string(&b).unwrap(), "from b");
+    // Nobody has it, and nobody knows what made it.
+    spoil(&a);
+    let run = fetch(&house, &shelf, "file:///nowhere", &["--repair-path", &a]);
+    assert!(run.stderr.ends_with(&format!("error: cannot repair path '{a}'\n")) && run.status == Some(1), "{run:?}");
+}

@@ -18,7 +18,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, BufWriter, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -42,6 +42,10 @@ const BODY_MAX: usize = 33 * closure::ASKED_MAX;
 
 /// How long a client may say nothing, or take nothing.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// For how long, and how much, a client may go on sending once it has its last answer.
+const LINGER: Duration = Duration::from_millis(500);
+const LINGER_BYTES: u64 = 1 << 20;
 
 const INFO: &str = "text/x-nix-cache-info";
 const NARINFO: &str = "text/x-nix-narinfo";
@@ -157,6 +161,14 @@ impl<'a> Server<'a> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
+        self.answer_all(stream)?;
+        // What the client still sends must be taken, or it may never see the answer.
+        stream.shutdown(Shutdown::Write)?;
+        stream.set_read_timeout(Some(LINGER))?;
+        io::copy(&mut stream.take(LINGER_BYTES), &mut io::sink()).map(drop)
+    }
+
+    fn answer_all(&self, stream: &TcpStream) -> io::Result<()> {
         let mut input = stream;
         let mut buffer = Vec::new();
         loop {

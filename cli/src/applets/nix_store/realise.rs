@@ -139,14 +139,24 @@ pub(super) fn repair_paths(
     paths: &[OsString],
 ) -> Result<(), Failure> {
     let store = open(cx, settings, Access::ReadWrite)?;
+    let fetches = settings.substitute && !settings.substituters.is_empty();
     for path in store_paths(store.dir(), paths)? {
-        let deriver = match store.info(&path)?.deriver {
+        let info = store.info(&path)?;
+        let how = How { silent: true, ..how(cx, common, BuildMode::Repair) };
+        let realise = |key| cx.realiser(&store, settings).realise(vec![Target { key, wanted: Wanted::All }], how);
+        // Who has it is asked first; what made it comes after that.
+        if fetches {
+            match realise(Key::Path(path.clone())) {
+                Ok(_) => continue,
+                Err(failure) if failure.is_interrupt() => return Err(failure),
+                Err(_) => {}
+            }
+        }
+        let deriver = match info.deriver {
             Some(deriver) if store.is_valid(&deriver)? => deriver,
             _ => return Err(RealiseOpError::CannotRepair { path: store.dir().full(&path) }.into()),
         };
-        let target = Target { key: Key::Derivation(deriver), wanted: Wanted::All };
-        let how = How { silent: true, ..how(cx, common, BuildMode::Repair) };
-        cx.realiser(&store, settings).realise(vec![target], how)?;
+        realise(Key::Derivation(deriver))?;
     }
     Ok(())
 }
