@@ -221,7 +221,7 @@ impl World {
 
     fn settings(&self) -> String {
         format!(
-            "build-users-group =\nkeep-outputs = {}\nkeep-derivations = {}",
+            "build-users-group =\nsubstituters =\nkeep-outputs = {}\nkeep-derivations = {}",
             self.keep_outputs, self.keep_derivations
         )
     }

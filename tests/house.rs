@@ -88,8 +88,9 @@ impl House {
             command.env(name, self.path().join(dir));
         }
         command.env("NIX_REMOTE", "").env("NIX_USER_CONF_FILES", "");
-        // Machines without build users have a warning for that; no test is about it by chance.
-        command.env("NIX_CONFIG", "build-users-group =");
+        // Machines without build users have a warning for that, and the network is for nobody; no
+        // test is about either by chance.
+        command.env("NIX_CONFIG", "build-users-group =\nsubstituters =");
         command
     }
 

@@ -5,6 +5,7 @@
 
 mod adopt;
 mod building;
+mod caches;
 mod store;
 
 use std::process::Command;

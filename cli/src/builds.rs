@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use larder_core::report::{Level, Reporter as _};
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
@@ -84,6 +84,29 @@ impl BuildView {
     }
 }
 
+impl BuildView {
+    /// Shows that something goes on with a path, if there is room.
+    fn show(&self, path: &StorePath, text: String) {
+        let Some(live) = &self.live else { return };
+        let mut running = live.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if running.len() < MAX_SHOWN {
+            let bar = live.bars.insert_before(&live.total, ProgressBar::new_spinner());
+            bar.set_style(style("  {msg}  {elapsed}"));
+            bar.set_message(text);
+            bar.enable_steady_tick(std::time::Duration::from_secs(1));
+            running.insert(path.clone(), bar);
+        }
+    }
+
+    fn unshow(&self, path: &StorePath) {
+        let Some(live) = &self.live else { return };
+        if let Some(bar) = live.running.lock().unwrap_or_else(PoisonError::into_inner).remove(path) {
+            bar.finish_and_clear();
+            live.bars.remove(&bar);
+        }
+    }
+}
+
 impl Drop for BuildView {
     fn drop(&mut self) {
         if let Some(live) = &self.live {
@@ -108,16 +131,16 @@ impl Listener for BuildView {
         if let Some(activity) = self.terminal.begin_build(&full) {
             self.activities.lock().unwrap_or_else(PoisonError::into_inner).insert(drv.clone(), activity);
         }
-        let Some(live) = &self.live else { return };
-        let mut running = live.running.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.len() < MAX_SHOWN {
-            let bar = live.bars.insert_before(&live.total, ProgressBar::new_spinner());
-            bar.set_style(style("  {msg}  {elapsed}"));
-            let name = drv.name().as_str();
-            bar.set_message(name.strip_suffix(".drv").unwrap_or(name).to_owned());
-            bar.enable_steady_tick(std::time::Duration::from_secs(1));
-            running.insert(drv.clone(), bar);
-        }
+        let name = drv.name().as_str();
+        self.show(drv, name.strip_suffix(".drv").unwrap_or(name).to_owned());
+    }
+
+    fn fetching(&self, path: &StorePath, nar_size_bytes: u64) {
+        self.show(path, format!("{} from a cache, {}", path.name(), HumanBytes(nar_size_bytes)));
+    }
+
+    fn fetched(&self, path: &StorePath) {
+        self.unshow(path);
     }
 
     fn line(&self, drv: &StorePath, line: &[u8]) {
@@ -155,11 +178,8 @@ impl Listener for BuildView {
         if how.is_err() {
             self.failed.fetch_add(1, Ordering::Relaxed);
         }
+        self.unshow(drv);
         let Some(live) = &self.live else { return };
-        if let Some(bar) = live.running.lock().unwrap_or_else(PoisonError::into_inner).remove(drv) {
-            bar.finish_and_clear();
-            live.bars.remove(&bar);
-        }
         let failed = self.failed.load(Ordering::Relaxed);
         if failed > 0 {
             live.total.set_message(format!(", {failed} failed"));

@@ -98,6 +98,11 @@ impl Env {
         self.xdg("XDG_STATE_HOME", ".local/state").join("nix/profiles")
     }
 
+    /// Where answers of caches are remembered: `$XDG_CACHE_HOME/larder`.
+    pub fn cache_folder(&self) -> PathBuf {
+        self.xdg("XDG_CACHE_HOME", ".cache").join("larder")
+    }
+
     /// Where a user without a store gets one: `$XDG_DATA_HOME/larder/root`.
     pub fn own_root(&self) -> PathBuf {
         self.xdg("XDG_DATA_HOME", ".local/share").join("larder/root")

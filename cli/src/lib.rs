@@ -9,6 +9,7 @@
 pub mod applets;
 pub mod args;
 pub mod builds;
+pub mod caches;
 pub mod conf;
 pub mod daemon;
 pub mod engine;

@@ -14,13 +14,16 @@ use larder_realise::build::{self, BuildSettings};
 use larder_realise::derivations::Derivations;
 use larder_realise::driver::{Builder, Driver, RealiseError};
 use larder_realise::job::{Job, Mode, Outcome, Watch};
-use larder_realise::missing::{Missing, missing};
+use larder_realise::missing::{Missing, Sources, missing_from};
 use larder_realise::plan::{Key, Target, Wanted};
+use larder_realise::substitute::{Substituters, Substitution, Trust};
 use larder_store::LocalStore;
 use larder_store::verify::Mender;
 
 use crate::args::shown;
 use crate::builds::{BuildView, Trace};
+use crate::caches::caches;
+use crate::conf::Env;
 use crate::exit::{Failure, chain};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::paths::{PathArgumentError, store_path};
@@ -144,6 +147,7 @@ pub struct Realiser<'a> {
     pub settings: &'a Settings,
     pub terminal: &'a Arc<Terminal>,
     pub interrupt: &'a Interrupt,
+    pub env: &'a Env,
 }
 
 impl Realiser<'_> {
@@ -154,8 +158,12 @@ impl Realiser<'_> {
         }
         let store = self.store;
         let derivations = Derivations::new(store);
+        let caches = (self.settings.substitute && !how.read_only)
+            .then(|| caches(self.env, self.settings, store.dir(), &store.shared_reporter()))
+            .filter(|caches| !caches.is_empty());
         if !how.silent || how.dry_run || how.ignore_unknown {
-            let missing = missing(store, &derivations, &targets)?;
+            let sources = caches.as_ref().map(|caches| Sources { caches, settings: self.settings });
+            let missing = missing_from(store, &derivations, &targets, sources)?;
             if how.ignore_unknown {
                 targets.retain(|target| !missing.unknown.contains(target.key.path()));
             }
@@ -176,7 +184,13 @@ impl Realiser<'_> {
         let trace =
             how.trace.then(|| Trace { logs: store.layout().drv_logs(), compressed: self.settings.compress_build_log });
         let view = BuildView::new(self.terminal, store.dir(), how.shows_logs, trace);
-        let driver = Driver::new(store, self.settings, &derivations, &builder, &view).read_only(how.read_only);
+        let substitution = match &caches {
+            Some(caches) => Some(Substitution::new(store, caches, Trust::of(self.settings)?)),
+            None => None,
+        };
+        let driver = Driver::new(store, self.settings, &derivations, &builder, &view)
+            .substituters(substitution.as_ref().map(|from| from as &dyn Substituters))
+            .read_only(how.read_only);
         let report = driver.realise(&targets, how.mode);
         drop(view);
         match report.check(|text| self.terminal.error_text(text)) {
@@ -186,14 +200,24 @@ impl Realiser<'_> {
         }
     }
 
-    /// Makes a damaged or missing valid path anew with what made it.
+    /// Makes a damaged or missing valid path anew: from a cache, or with what made it.
     pub fn repair(&self, path: &StorePath, how: How) -> Result<(), Failure> {
-        let deriver = match self.store.info(path)?.deriver {
+        let info = self.store.info(path)?;
+        let how = How { silent: true, mode: Mode::Repair, ..how };
+        let realise = |key| self.realise(vec![Target { key, wanted: Wanted::All }], how);
+        // Who has it is asked first; what made it comes after that.
+        if self.settings.substitute && !self.settings.substituters.is_empty() {
+            match realise(Key::Path(path.clone())) {
+                Ok(_) => return Ok(()),
+                Err(failure) if failure.is_interrupt() => return Err(failure),
+                Err(_) => {}
+            }
+        }
+        let deriver = match info.deriver {
             Some(deriver) if self.store.is_valid(&deriver)? => deriver,
             _ => return Err(CannotRepair { path: self.store.dir().full(path) }.into()),
         };
-        let target = Target { key: Key::Derivation(deriver), wanted: Wanted::All };
-        self.realise(vec![target], How { silent: true, mode: Mode::Repair, ..how })?;
+        realise(Key::Derivation(deriver))?;
         Ok(())
     }
 
@@ -206,6 +230,16 @@ impl Realiser<'_> {
             many => say(format_args!("these {many} derivations will be built:")),
         }
         for path in &missing.will_build {
+            say(format_args!("  {}", dir.display(path)));
+        }
+        let sizes =
+            || format!("{} download, {} unpacked", mib(missing.download_size_bytes), mib(missing.nar_size_bytes));
+        match missing.will_fetch.len() {
+            0 => {}
+            1 => say(format_args!("this path will be fetched ({}):", sizes())),
+            many => say(format_args!("these {many} paths will be fetched ({}):", sizes())),
+        }
+        for path in &missing.will_fetch {
             say(format_args!("  {}", dir.display(path)));
         }
         if !missing.unknown.is_empty() {
@@ -236,6 +270,12 @@ impl Realiser<'_> {
             }
         }
     }
+}
+
+/// Bytes as people read them: `1.50 MiB`.
+#[expect(clippy::cast_precision_loss, reason = "two digits are shown")]
+fn mib(bytes: u64) -> String {
+    format!("{:.2} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 #[cfg(test)]

@@ -63,6 +63,13 @@ pub struct Taken<'s> {
     also: Option<Hash>,
 }
 
+impl<'s> Taken<'s> {
+    /// What came in some other way.
+    pub(crate) const fn of(incoming: Incoming<'s>) -> Self {
+        Self { incoming, also: None }
+    }
+}
+
 impl Taken<'_> {
     pub fn nar_hash(&self) -> Sha256Digest {
         self.incoming.nar_hash

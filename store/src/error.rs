@@ -105,6 +105,9 @@ pub enum StoreError {
     NotRegular { path: PathBuf },
     #[error("the store was opened for reading only")]
     ReadOnly,
+    /// Something that went in together with it was refused, or the disk failed.
+    #[error("{reason}")]
+    NotRegistered { reason: String },
     #[error("hash mismatch importing path '{path}';\n  specified: sha256:{}\n  got:       sha256:{}", expected.to_base32(), found.to_base32())]
     ImportHash { path: String, expected: Sha256Digest, found: Sha256Digest },
     #[error("size mismatch importing path '{path}';\n  specified: {expected}\n  got:       {found}")]

@@ -326,7 +326,7 @@ impl<'s> Arrivals<'s> {
 
     /// Gives an object its own path, unless that is valid already; it is registered by the next
     /// commit. References must be valid, pending in this group, or to itself.
-    pub(crate) fn seal(&mut self, mut incoming: Incoming<'s>, mut info: PathInfo) -> Result<(), StoreError> {
+    pub(crate) fn seal(&mut self, incoming: Incoming<'s>, info: PathInfo) -> Result<(), StoreError> {
         let store = self.store;
         let path = info.path.clone();
         // The root comes before the question whether it is valid: a path found valid earlier may
@@ -348,6 +348,22 @@ impl<'s> Arrivals<'s> {
             // Someone else added it while we waited.
             return Ok(locks.release()?);
         }
+        self.place(incoming, info, locks)
+    }
+
+    /// The same for a path that the caller has locked, and found not to be valid since.
+    pub(crate) fn seal_claimed(
+        &mut self,
+        incoming: Incoming<'s>,
+        info: PathInfo,
+        locks: PathLocks,
+    ) -> Result<(), StoreError> {
+        self.check_references(&info)?;
+        self.place(incoming, info, locks)
+    }
+
+    fn place(&mut self, mut incoming: Incoming<'s>, mut info: PathInfo, locks: PathLocks) -> Result<(), StoreError> {
+        let (store, path) = (self.store, info.path.clone());
         let outputs =
             if path.is_derivation() { store.check_derivation(&path, &incoming.entry)? } else { BTreeMap::new() };
         let entry = OsString::from(path.to_string());

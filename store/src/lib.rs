@@ -10,6 +10,7 @@ mod broom;
 pub mod closure;
 pub mod collect;
 pub mod delete;
+pub mod deliver;
 mod derivations;
 pub mod error;
 pub mod foreign;

@@ -202,6 +202,11 @@ impl LocalStore {
         &*self.reporter
     }
 
+    /// The same for whoever keeps it.
+    pub fn shared_reporter(&self) -> Arc<dyn Reporter + Send + Sync> {
+        Arc::clone(&self.reporter)
+    }
+
     pub fn users(&self) -> &Users {
         &self.users
     }

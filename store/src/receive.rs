@@ -277,14 +277,25 @@ impl LocalStore {
         check: &mut dyn FnMut(&PathInfo) -> Result<(), StoreError>,
     ) -> Result<Took<'_>, StoreError> {
         let Some(info) = source.next_object()? else { return Ok(Took::End) };
-        let path = || self.dir().full(&info.path);
         self.add_temp_roots([&info.path])?;
         if self.is_valid(&info.path)? {
             self.check_repair(options.repair, &info.path)?;
             return Ok(Took::Valid);
         }
         check(&info)?;
-        let mut address = info.content_address.as_ref().map(|ca| AddressCheck::new(&info, ca)).transpose()?;
+        let incoming = self.take_checked(&info, source)?;
+        let info = PathInfo { nar_size_bytes: incoming.nar_size_bytes, ..info };
+        Ok(Took::Object(Box::new((incoming, info))))
+    }
+
+    /// Takes a NAR to its end, which must be what its record says.
+    pub(crate) fn take_checked(
+        &self,
+        info: &PathInfo,
+        source: &mut (impl Read + ?Sized),
+    ) -> Result<Incoming<'_>, StoreError> {
+        let path = || self.dir().full(&info.path);
+        let mut address = info.content_address.as_ref().map(|ca| AddressCheck::new(info, ca)).transpose()?;
         let mut intake = self.receive(None)?;
         each_block(source, |bytes| {
             let mut rest = bytes;
@@ -309,8 +320,7 @@ impl LocalStore {
         {
             return Err(StoreError::ImportAddress { path: path(), address: address.clone() });
         }
-        let info = PathInfo { nar_size_bytes: incoming.nar_size_bytes, ..info };
-        Ok(Took::Object(Box::new((incoming, info))))
+        Ok(incoming)
     }
 
     /// Adds signatures to the record of a valid path.

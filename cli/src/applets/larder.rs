@@ -8,6 +8,8 @@ mod derivation;
 mod doctor;
 mod garbage;
 mod links;
+mod push;
+mod serve;
 
 use std::ffi::OsString;
 use std::io;
@@ -98,6 +100,10 @@ pub enum Command {
     Why(garbage::Why),
     /// List the roots: what must not be deleted
     Roots(garbage::Roots),
+    /// Copy paths, and all they need, to a binary cache
+    Push(push::Push),
+    /// Be a binary cache: serve this store over HTTP
+    Serve(serve::Serve),
     /// Link equal files, which saves space
     Optimise(garbage::Optimise),
     /// Make links by the names of the commands of Nix
@@ -445,6 +451,8 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Gc(args) => return garbage::collect(cx, &settings, &args),
         Command::Why(args) => return garbage::why(cx, &settings, &args),
         Command::Roots(args) => return garbage::roots(cx, &settings, &args),
+        Command::Push(args) => push::push(cx, &settings, &args)?,
+        Command::Serve(args) => serve::serve(cx, &settings, &args)?,
         Command::Optimise(args) => return garbage::optimise(cx, &settings, &args),
     }
     Ok(Status::SUCCESS)

@@ -7,6 +7,7 @@ mod nar;
 pub mod nix_collect_garbage;
 mod nix_daemon;
 pub mod nix_hash;
+pub mod nix_prefetch_url;
 pub mod nix_store;
 
 use std::ffi::{OsStr, OsString};
@@ -40,6 +41,7 @@ pub const APPLETS: &[Applet] = &[
     Applet { name: "nix-daemon", about: "serve the store to other users and machines", run: nix_daemon::run },
     Applet { name: "nix-collect-garbage", about: "delete unreachable store paths", run: nix_collect_garbage::run },
     Applet { name: "nix-hash", about: "compute the cryptographic hash of a path", run: nix_hash::run },
+    Applet { name: "nix-prefetch-url", about: "copy a file from a URL into the store", run: nix_prefetch_url::run },
 ];
 
 const LARDER: Applet = Applet { name: "larder", about: "the Nix store, written anew", run: larder::run };
@@ -149,7 +151,9 @@ mod tests {
 
     #[test]
     fn help_fits_a_terminal() {
-        for text in [nix_store::HELP, nix_hash::HELP, nix_collect_garbage::HELP, nix_daemon::HELP] {
+        for text in
+            [nix_store::HELP, nix_hash::HELP, nix_collect_garbage::HELP, nix_daemon::HELP, nix_prefetch_url::HELP]
+        {
             for line in text.lines() {
                 assert!(line.chars().count() <= 80, "{line}");
                 assert_eq!(line.trim_end(), line);

@@ -44,6 +44,10 @@ pub enum UsageError {
     NoArguments,
     #[error("only one argument allowed")]
     OneArgument,
+    #[error("you must specify a URL")]
+    NoUrl,
+    #[error("too many arguments")]
+    TooManyArguments,
     #[error("three arguments expected")]
     ThreeArguments,
     #[error("'--print-fixed-path' requires three arguments")]

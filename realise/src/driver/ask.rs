@@ -33,6 +33,13 @@ fn rejected(text: String) -> Failure {
 
 type Outputs = BTreeMap<OutputName, Known>;
 
+/// Who has a path, behind the substituters that were tried?
+pub(super) struct OfferAsked {
+    pub(super) path: StorePath,
+    pub(super) after: Option<usize>,
+    pub(super) verify: bool,
+}
+
 impl Driver<'_> {
     /// Answers for many derivations, with two readings of the ledger.
     pub(super) fn outputs(&self, asked: Vec<(StorePath, Option<Wanted>)>, events: &mut VecDeque<Event>) {
@@ -143,13 +150,32 @@ impl Driver<'_> {
         facts().map_err(|error: StoreError| store_failure(&error))
     }
 
-    pub(super) fn offer(&self, path: &StorePath, verify: bool) -> Result<Offer, Failure> {
+    /// Answers what can be answered here, and gives back what others are to be asked.
+    pub(super) fn offers(&self, asked: Vec<OfferAsked>, events: &mut VecDeque<Event>) -> Vec<OfferAsked> {
         let valid = (|| {
-            self.store.add_temp_roots([path])?;
-            self.store.is_valid(path)
+            self.store.add_temp_roots(asked.iter().map(|asked| &asked.path))?;
+            self.store.valid_subset(&asked.iter().map(|asked| asked.path.clone()).collect())
         })();
-        let valid = valid.map_err(|error: StoreError| store_failure(&error))?;
-        Ok(if valid && (!verify || self.is_good(path)?) { Offer::Valid } else { Offer::Nobody })
+        let mut left = Vec::new();
+        for asked in asked {
+            let known = match &valid {
+                Ok(valid) if !valid.contains(&asked.path) => Ok(false),
+                Ok(_) if asked.verify => self.is_good(&asked.path),
+                Ok(_) => Ok(true),
+                Err(error) => Err(store_failure(error)),
+            };
+            let offer = match known {
+                Ok(true) => Offer::Valid,
+                Ok(false) if self.substituters.is_some() && !self.read_only => {
+                    left.push(asked);
+                    continue;
+                }
+                Ok(false) => Offer::Nobody,
+                Err(failure) => Offer::Error { substituter: 0, failure },
+            };
+            events.push_back(Event::Offer { path: asked.path, offer });
+        }
+        left
     }
 
     /// Damaged paths in the closure of the outputs, but for these, and the derivation in the

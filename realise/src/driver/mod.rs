@@ -1,25 +1,26 @@
 //! Carries out what a [`Plan`] says: asks the store, runs builders in threads, tells the user.
 //!
-//! One thread decides; a thread for each running build waits for its builder. Questions to the
-//! store are answered by the deciding thread, all that are open in one reading of the ledger.
+//! One thread decides; a thread for each running build waits for its builder, and others fetch
+//! and ask caches. Questions to the store are answered by the deciding thread, all that are open
+//! in one reading of the ledger.
 //! Paths become temporary roots before anyone asks whether they are valid, so that no collector
 //! can take them away in between.
 
 mod ask;
 mod lines;
+mod pool;
 mod report;
 #[cfg(test)]
 mod tests;
 mod watch;
 
 use std::collections::{BTreeSet, VecDeque};
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
 use larder_core::derivation::OutputName;
 use larder_core::report::Level;
 use larder_core::settings::Settings;
@@ -27,11 +28,13 @@ use larder_core::store_path::StorePath;
 use larder_store::LocalStore;
 
 pub use self::lines::Lines;
+use self::pool::Pool;
 pub use self::report::{RealiseError, Report};
 use self::watch::Watcher;
 use crate::derivations::Derivations;
 use crate::job::{Failure, FailureKind, Job, Mode, Outcome, Watch};
 use crate::plan::{Action, Built, Event, Fetched, Notice, Offer, Options, Plan, Target};
+use crate::substitute::Substituters;
 
 /// How often the driver asks whether the user wants to stop, while it waits for builders.
 const LOOK_UP: Duration = Duration::from_millis(100);
@@ -49,6 +52,10 @@ pub trait Listener: Sync {
     fn line(&self, _drv: &StorePath, _line: &[u8]) {}
     /// A builder that ran has ended, and what it made is registered, or not.
     fn ended(&self, _drv: &StorePath, _how: Result<(), &Failure>) {}
+    /// A path of so many bytes is being fetched.
+    fn fetching(&self, _path: &StorePath, _nar_size_bytes: u64) {}
+    /// That has ended, well or not.
+    fn fetched(&self, _path: &StorePath) {}
     /// So many of the goals are done, and so many are known.
     fn count(&self, _done: usize, _total: usize) {}
     /// Something failed for which others wait; the text has no `error: `.
@@ -68,6 +75,7 @@ pub struct Driver<'a> {
     builder: &'a dyn Builder,
     listener: &'a dyn Listener,
     derivations: &'a Derivations<'a>,
+    substituters: Option<&'a dyn Substituters>,
     read_only: bool,
 }
 
@@ -85,7 +93,14 @@ impl<'a> Driver<'a> {
         builder: &'a dyn Builder,
         listener: &'a dyn Listener,
     ) -> Self {
-        Self { store, settings, builder, listener, derivations, read_only: false }
+        Self { store, settings, builder, listener, derivations, substituters: None, read_only: false }
+    }
+
+    /// From whom paths are fetched; without, from nobody.
+    #[must_use]
+    pub const fn substituters(mut self, substituters: Option<&'a dyn Substituters>) -> Self {
+        self.substituters = substituters;
+        self
     }
 
     /// `--readonly-mode`: nothing is fetched.
@@ -100,56 +115,87 @@ impl<'a> Driver<'a> {
         let options = Options {
             mode,
             substitute: self.settings.substitute,
-            // There is nobody yet who could be asked.
-            has_substituters: false,
+            has_substituters: self.substituters.is_some(),
             fallback: self.settings.fallback,
             keep_going: self.settings.keep_going,
             max_jobs: self.settings.max_jobs.0,
+            max_fetches: self.settings.max_substitution_jobs,
             read_only: self.read_only,
         };
         let mut plan = Plan::new(options);
         let cancel = AtomicBool::new(false);
-        let threads = usize::try_from(options.max_jobs.max(1)).unwrap_or(usize::MAX);
+        let questions = self.substituters.map_or(1, Substituters::parallel_questions);
         thread::scope(|scope| {
-            let (jobs, waiting) = unbounded::<Job>();
             let (done, finished) = unbounded::<Event>();
+            let cancel = &cancel;
             let mut run = Run {
                 driver: self,
-                cancel: &cancel,
-                jobs,
+                cancel,
+                builds: Pool::new(
+                    scope,
+                    "build",
+                    options.max_jobs,
+                    &done,
+                    |job: &Job| &job.drv_path,
+                    |drv| Event::Built { built: Built::Failed(self.broke_down("builder of", &drv)), drv },
+                    move |job: Job, done| {
+                        let drv = job.drv_path.clone();
+                        let built = self.build(&job, cancel);
+                        drop(done.send(Event::Built { drv, built }));
+                    },
+                ),
+                fetches: Pool::new(
+                    scope,
+                    "fetch",
+                    options.max_fetches,
+                    &done,
+                    |task: &Fetch| &task.path,
+                    |path| {
+                        let fetched = Fetched::Failed(self.broke_down("fetching of", &path));
+                        Event::Fetched { path, fetched }
+                    },
+                    move |task: Fetch, done| {
+                        self.fetch(&task, &|path, fetched| drop(done.send(Event::Fetched { path, fetched })));
+                    },
+                ),
+                questions: Pool::new(
+                    scope,
+                    "ask",
+                    questions,
+                    &done,
+                    |question: &Question| &question.path,
+                    |path| {
+                        let failure = self.broke_down("question after", &path);
+                        Event::Offer { path, offer: Offer::Error { substituter: 0, failure } }
+                    },
+                    move |question: Question, done| {
+                        let Question { path, after } = question;
+                        let offer = self.substituters.map_or(Offer::Nobody, |from| from.offer(&path, after));
+                        drop(done.send(Event::Offer { path, offer }));
+                    },
+                ),
                 finished,
-                running: 0,
-                idle: 0,
-                threads: 0,
                 poll_at: None,
-                spawn: Box::new(|| {
-                    let (waiting, done, cancel) = (waiting.clone(), done.clone(), &cancel);
-                    thread::Builder::new()
-                        .name("build".to_owned())
-                        .spawn_scoped(scope, move || self.work(&waiting, &done, cancel))
-                        .is_ok()
-                }),
-                max_threads: threads,
             };
             run.drive(&mut plan, targets.to_vec());
         });
         Report::new(&plan, self.store.dir())
     }
 
-    /// What one thread does: a build after another.
-    fn work(&self, waiting: &Receiver<Job>, done: &Sender<Event>, cancel: &AtomicBool) {
-        for job in waiting {
-            let drv = job.drv_path.clone();
-            // A builder's thread that dies must not leave the others waiting for it.
-            let built = std::panic::catch_unwind(AssertUnwindSafe(|| self.build(&job, cancel)));
-            let built = built.unwrap_or_else(|_| {
-                let text = format!("the builder of '{}' broke down; this is a bug", self.store.dir().full(&drv));
-                Built::Failed(Failure { kind: FailureKind::Misc, text })
-            });
-            if done.send(Event::Built { drv, built }).is_err() {
-                return;
-            }
-        }
+    fn broke_down(&self, what: &str, path: &StorePath) -> Failure {
+        let text = format!("the {what} '{}' broke down; this is a bug", self.store.dir().full(path));
+        Failure { kind: FailureKind::Misc, text }
+    }
+
+    fn fetch(&self, task: &Fetch, done: &dyn Fn(StorePath, Fetched)) {
+        let Fetch { path, replace } = task;
+        let Some(from) = self.substituters else { return done(path.clone(), Fetched::Gone) };
+        self.listener.fetching(path, from.size_bytes(path));
+        let ended = |path: StorePath, fetched| {
+            self.listener.fetched(&path);
+            done(path, fetched);
+        };
+        from.fetch(path, *replace, &ended, &|text| self.listener.failed(text));
     }
 
     fn build(&self, job: &Job, cancel: &AtomicBool) -> Built {
@@ -171,19 +217,26 @@ impl<'a> Driver<'a> {
     }
 }
 
+/// A path to fetch from whoever offered it.
+struct Fetch {
+    path: StorePath,
+    replace: bool,
+}
+
+/// Who has a path?
+struct Question {
+    path: StorePath,
+    after: Option<usize>,
+}
+
 /// One run of a driver.
 struct Run<'a, 's> {
     driver: &'a Driver<'a>,
     cancel: &'a AtomicBool,
-    jobs: Sender<Job>,
+    builds: Pool<'s, Job>,
+    fetches: Pool<'s, Fetch>,
+    questions: Pool<'s, Question>,
     finished: Receiver<Event>,
-    /// Jobs given out and not answered.
-    running: usize,
-    /// Threads without a job.
-    idle: usize,
-    threads: usize,
-    max_threads: usize,
-    spawn: Box<dyn Fn() -> bool + 's>,
     poll_at: Option<Instant>,
 }
 
@@ -215,7 +268,7 @@ impl Run<'_, '_> {
     /// Does what is to be done. What can be answered at once is.
     fn act(&mut self, actions: VecDeque<Action>, events: &mut VecDeque<Event>) {
         let driver = self.driver;
-        let mut outputs = Vec::new();
+        let (mut outputs, mut offers) = (Vec::new(), Vec::new());
         for action in actions {
             match action {
                 Action::AskOutputs { drv, verify } => outputs.push((drv, verify)),
@@ -227,20 +280,28 @@ impl Run<'_, '_> {
                     let answer = driver.damaged_closure(&drv);
                     events.push_back(Event::Closure { drv, answer });
                 }
-                Action::AskOffer { path, verify, .. } => {
-                    let offer =
-                        driver.offer(&path, verify).unwrap_or_else(|failure| Offer::Error { substituter: 0, failure });
-                    events.push_back(Event::Offer { path, offer });
-                }
-                Action::Fetch { path, .. } => {
-                    // Offers come from substituters, and there are none.
-                    events.push_back(Event::Fetched { path, fetched: Fetched::Gone });
+                Action::AskOffer { path, after, verify } => offers.push(ask::OfferAsked { path, after, verify }),
+                Action::Fetch { path, replace, .. } => {
+                    if let Err(task) = self.fetches.give(Fetch { path, replace }) {
+                        let failure = Failure { kind: FailureKind::Misc, text: pool::NO_THREAD.to_owned() };
+                        events.push_back(Event::Fetched { path: task.path, fetched: Fetched::Failed(failure) });
+                    }
                 }
                 Action::Build { drv, wanted, mode } => match driver.job(&drv, &wanted, mode) {
-                    Ok(job) => self.start(job, events),
+                    Ok(job) => {
+                        if let Err(job) = self.builds.give(job) {
+                            let failure = Failure { kind: FailureKind::Misc, text: pool::NO_THREAD.to_owned() };
+                            events.push_back(Event::Built { drv: job.drv_path, built: Built::Failed(failure) });
+                        }
+                    }
                     Err(failure) => events.push_back(Event::Built { drv, built: Built::Failed(failure) }),
                 },
-                Action::CancelAll => self.cancel.store(true, Ordering::SeqCst),
+                Action::CancelAll => {
+                    self.cancel.store(true, Ordering::SeqCst);
+                    if let Some(from) = driver.substituters {
+                        from.stop();
+                    }
+                }
                 Action::PollLater => {
                     let interval = Duration::from_secs(u64::from(driver.settings.build_poll_interval.max(1)));
                     self.poll_at = Some(Instant::now() + interval);
@@ -251,24 +312,15 @@ impl Run<'_, '_> {
         if !outputs.is_empty() {
             driver.outputs(outputs, events);
         }
-    }
-
-    fn start(&mut self, job: Job, events: &mut VecDeque<Event>) {
-        if self.idle == 0 && self.threads < self.max_threads {
-            if (self.spawn)() {
-                self.threads += 1;
-            } else if self.threads == 0 {
-                let text = "cannot start a thread for a build".to_owned();
-                let failure = Failure { kind: FailureKind::Misc, text };
-                events.push_back(Event::Built { drv: job.drv_path, built: Built::Failed(failure) });
-                return;
+        if !offers.is_empty() {
+            for ask::OfferAsked { path, after, .. } in driver.offers(offers, events) {
+                if let Err(question) = self.questions.give(Question { path, after }) {
+                    let failure = Failure { kind: FailureKind::Misc, text: pool::NO_THREAD.to_owned() };
+                    let offer = Offer::Error { substituter: 0, failure };
+                    events.push_back(Event::Offer { path: question.path, offer });
+                }
             }
-        } else {
-            self.idle = self.idle.saturating_sub(1);
         }
-        self.running += 1;
-        // The receiving end is kept by this function's caller, so it is there.
-        let _ = self.jobs.send(job);
     }
 
     /// Waits until something has happened.
@@ -287,8 +339,13 @@ impl Run<'_, '_> {
             match self.finished.recv_timeout(patience) {
                 Ok(first) => {
                     let mut all: Vec<Event> = std::iter::once(first).chain(self.finished.try_iter()).collect();
-                    self.running -= all.len();
-                    self.idle += all.len();
+                    for event in &all {
+                        match event {
+                            Event::Built { .. } => self.builds.is_back(),
+                            Event::Fetched { .. } => self.fetches.is_back(),
+                            _ => self.questions.is_back(),
+                        }
+                    }
                     // A builder may have heard of it before us: then it has not failed, but was stopped.
                     if !stopped && self.driver.store.reporter().is_cancelled() {
                         all.insert(0, Event::Interrupt);
@@ -313,7 +370,7 @@ impl Driver<'_> {
             }
             Notice::WaitsForUser { drv } => reporter
                 .message(Level::Error, format_args!("waiting for a free build user ID for '{}'...", dir.display(drv))),
-            Notice::Substituter(text) => reporter.message(Level::Warn, format_args!("{text}")),
+            Notice::Substituter(text) => self.listener.failed(text),
         }
     }
 

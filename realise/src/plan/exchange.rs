@@ -23,8 +23,10 @@ pub struct Options {
     /// Build what could not be fetched, even if a substituter should have had it.
     pub fallback: bool,
     pub keep_going: bool,
-    /// Builds at once. Fetching takes the same slots, and one at least.
+    /// Builds at once.
     pub max_jobs: u32,
+    /// Paths that are fetched at once, beside builds; one at least.
+    pub max_fetches: u32,
     /// The store cannot be written to.
     pub read_only: bool,
 }

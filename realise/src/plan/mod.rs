@@ -446,10 +446,10 @@ impl Plan {
             return;
         }
         while self.stop.is_none() {
-            let fetch = self.running() < self.options.max_jobs.max(1) && !self.ready_paths.is_empty();
+            let fetch = self.running_fetches < self.options.max_fetches.max(1) && !self.ready_paths.is_empty();
             let next = if fetch {
                 self.ready_paths.pop_first()
-            } else if self.running() < self.options.max_jobs {
+            } else if self.running_builds < self.options.max_jobs {
                 self.ready_derivations.pop_first()
             } else {
                 None

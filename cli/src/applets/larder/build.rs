@@ -133,7 +133,7 @@ pub(super) fn log(cx: &Context, settings: &Settings, args: &Log) -> Result<(), F
     let store = open(cx, settings, Access::ReadOnly)?;
     let mut out = Printer::paged(&cx.env, &cx.interrupt);
     for path in paths(store.dir(), &args.paths)? {
-        print_log(&store, &path, &mut out)?;
+        print_log(cx, settings, &store, &path, &mut out)?;
     }
     Ok(out.finish()?)
 }

@@ -5,7 +5,10 @@ use std::ffi::{OsStr, OsString};
 use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use larder_cache::Caches;
+use larder_cache::client::Client;
 use larder_core::derivation::OutputName;
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
@@ -21,7 +24,8 @@ use crate::applets::Context;
 use crate::args::Common;
 use crate::args::nix_store::{BuildMode, Realise};
 use crate::builds::shows_logs;
-use crate::exit::Failure;
+use crate::caches::{caches, client_options};
+use crate::exit::{Failure, chain};
 use crate::paths::{absolute, store_path, store_paths};
 use crate::printer::{Output, Printer};
 use crate::realising::{How, Realiser, target};
@@ -38,7 +42,7 @@ pub(in crate::applets) enum RealiseOpError {
 impl Context {
     /// Realises in a store, with this command's terminal and signals.
     pub(in crate::applets) fn realiser<'a>(&'a self, store: &'a LocalStore, settings: &'a Settings) -> Realiser<'a> {
-        Realiser { store, settings, terminal: &self.terminal, interrupt: &self.interrupt }
+        Realiser { store, settings, terminal: &self.terminal, interrupt: &self.interrupt, env: &self.env }
     }
 }
 
@@ -144,28 +148,43 @@ pub(super) fn read_logs(cx: &Context, settings: &Settings, paths: &[OsString]) -
     let store = open(cx, settings, Access::ReadOnly)?;
     let mut out = Printer::paged(&cx.env, &cx.interrupt);
     for argument in paths {
-        print_log(&store, &store_path(store.dir(), argument)?, &mut out)?;
+        print_log(cx, settings, &store, &store_path(store.dir(), argument)?, &mut out)?;
     }
     Ok(out.finish()?)
 }
 
-/// Prints the log of a derivation, or of what made an output.
-pub(in crate::applets) fn print_log(store: &LocalStore, path: &StorePath, out: &mut Printer) -> Result<(), Failure> {
+/// Prints the log of a derivation, or of what made an output. What is not here is looked for in
+/// caches, and where `log-servers` says.
+pub(in crate::applets) fn print_log(
+    cx: &Context,
+    settings: &Settings,
+    store: &LocalStore,
+    path: &StorePath,
+    out: &mut Printer,
+) -> Result<(), Failure> {
     let full = || store.dir().full(path);
+    let caches = || caches(&cx.env, settings, store.dir(), &store.shared_reporter());
+    let caches = Some(()).filter(|()| settings.substitute).map(|()| caches());
     let drv = if path.is_derivation() {
         Some(path.clone())
     } else {
         match store.info(path) {
             Ok(info) => info.deriver,
-            Err(StoreError::NotValid { .. }) => None,
+            Err(StoreError::NotValid { .. }) => match &caches {
+                Some(caches) => caches.find(path, None)?.and_then(|found| found.info.info.deriver.clone()),
+                None => None,
+            },
             Err(error) => return Err(error.into()),
         }
     };
-    let log = match &drv {
-        Some(drv) => logs::open(store.layout(), drv)?,
-        None => None,
+    let Some(drv) = drv else { return Err(RealiseOpError::NoLog { path: full() }.into()) };
+    let mut log: Box<dyn std::io::Read + '_> = match logs::open(store.layout(), &drv)? {
+        Some(log) => Box::new(log),
+        None => match remote_log(cx, settings, caches.as_ref(), &drv)? {
+            Some(log) => log,
+            None => return Err(RealiseOpError::NoLog { path: full() }.into()),
+        },
     };
-    let mut log = log.ok_or_else(|| RealiseOpError::NoLog { path: full() })?;
     let mut block = vec![0; 64 << 10];
     while !out.is_closed() {
         match log.read(&mut block) {
@@ -176,6 +195,41 @@ pub(in crate::applets) fn print_log(store: &LocalStore, path: &StorePath, out: &
         }
     }
     Ok(())
+}
+
+/// The log of a derivation from whoever has it.
+fn remote_log(
+    cx: &Context,
+    settings: &Settings,
+    caches: Option<&Caches>,
+    drv: &StorePath,
+) -> Result<Option<Box<dyn std::io::Read>>, Failure> {
+    for cache in caches.iter().flat_map(|caches| caches.list()) {
+        match cache.log(drv) {
+            Ok(Some(log)) => {
+                let url = format!("{}/log/{drv}", cache.uri());
+                cx.terminal.message(Level::Info, format_args!("(using build log from {url})"));
+                return Ok(Some(log));
+            }
+            Ok(None) => {}
+            Err(error) => cx.terminal.message(Level::Warn, format_args!("{}", chain(&error))),
+        }
+    }
+    let client = Client::new(client_options(&cx.env, settings), Arc::clone(&cx.terminal) as Arc<_>);
+    for prefix in &settings.log_servers {
+        let slash = if prefix.ends_with('/') { "" } else { "/" };
+        let url = format!("{prefix}{slash}{drv}");
+        match client.open(&url) {
+            Ok(log) => {
+                cx.terminal.message(Level::Info, format_args!("(using build log from {url})"));
+                return Ok(Some(log));
+            }
+            Err(error) => {
+                cx.terminal.message(Level::Talkative, format_args!("unable to download '{url}': {}", chain(&error)));
+            }
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]

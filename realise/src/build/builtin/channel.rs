@@ -13,11 +13,7 @@ pub(super) fn run(given: &Given<'_>) -> Result<(), Anything> {
     }
     std::fs::create_dir(&out).map_err(at("creating directory", &out))?;
     let file = File::open(&source).map_err(at("opening file", &source))?;
-    let stream = unpack::uncompressed(file).map_err(at("reading file", &source))?;
-    let mut archive = tar::Archive::new(stream);
-    archive.set_preserve_permissions(false);
-    archive.set_preserve_mtime(false);
-    archive.unpack(&out).map_err(|error| {
+    unpack::untar(file, &out).map_err(|error| {
         let text = error.to_string();
         let reason = std::error::Error::source(&error).map(|reason| format!(": {reason}")).unwrap_or_default();
         format!("failed to open archive: {text}{reason}")

@@ -7,7 +7,7 @@
 mod buildenv;
 mod channel;
 mod fetchurl;
-mod unpack;
+pub mod unpack;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -144,19 +144,9 @@ pub(super) fn options(build: &Build<'_>) -> OsString {
 
 /// The text of the host's certificates, which a sandbox does not show.
 fn certificates(build: &Build<'_>, values: &Settings) -> Option<String> {
-    let environment = |name: &[u8]| {
-        let value = build.settings.environment.get(name)?;
-        Some(OsString::from_vec(value.clone()))
-    };
-    let named = Some(OsString::from(&values.ssl_cert_file)).filter(|file| !file.is_empty());
-    let candidates = [
-        named,
-        environment(b"NIX_SSL_CERT_FILE"),
-        environment(b"SSL_CERT_FILE"),
-        Some("/etc/ssl/certs/ca-certificates.crt".into()),
-        Some("/etc/pki/tls/certs/ca-bundle.crt".into()),
-    ];
-    candidates.into_iter().flatten().find_map(|file| std::fs::read_to_string(file).ok())
+    larder_cache::client::certificates(&values.ssl_cert_file, |name| {
+        Some(OsString::from_vec(build.settings.environment.get(name.as_bytes())?.clone()))
+    })
 }
 
 /// Names what was attempted on a file.

@@ -1,12 +1,15 @@
-//! Compressed streams, told apart by how they begin.
+//! Compressed streams, told apart by how they begin, and archives in them.
 
 use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+
+use larder_cache::compress::Method;
 
 /// Longest beginning that tells a format.
 const MAGIC_BYTES: usize = 6;
 
 /// What a stream says, uncompressed if it is compressed in a way that we know.
-pub(super) fn uncompressed<'a>(source: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
+pub fn uncompressed<'a>(source: impl Read + Send + 'a) -> io::Result<Box<dyn Read + 'a>> {
     let mut source = BufReader::with_capacity(64 << 10, source);
     let mut start = Vec::new();
     while start.len() < MAGIC_BYTES {
@@ -24,8 +27,18 @@ pub(super) fn uncompressed<'a>(source: impl Read + 'a) -> io::Result<Box<dyn Rea
         [0xfd, b'7', b'z', b'X', b'Z', 0] => Box::new(lzma_rust2::XzReader::new(whole, true)),
         [0x1f, 0x8b, ..] => Box::new(flate2::read::MultiGzDecoder::new(whole)),
         [b'B', b'Z', b'h', ..] => Box::new(bzip2::read::MultiBzDecoder::new(whole)),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Method::Zstd.decoder(whole)?,
         _ => Box::new(whole),
     })
+}
+
+/// Unpacks an archive of `tar`, compressed or not, into a directory that is there. Nothing is
+/// written outside of it.
+pub fn untar(source: impl Read + Send, out: &Path) -> io::Result<()> {
+    let mut archive = tar::Archive::new(uncompressed(source)?);
+    archive.set_preserve_permissions(false);
+    archive.set_preserve_mtime(false);
+    archive.unpack(out)
 }
 
 #[cfg(test)]

@@ -194,13 +194,14 @@ fn any_options() -> impl Strategy<Value = Options> {
     let mode = prop_oneof![3 => Just(Mode::Normal), 1 => Just(Mode::Check), 2 => Just(Mode::Repair)];
     let jobs = prop_oneof![1 => Just(0u32), 12 => 1u32..5];
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), prop::bool::weighted(0.7), rarely());
-    (mode, jobs, flags).prop_map(|(mode, max_jobs, flags)| Options {
+    (mode, jobs, 0u32..4, flags).prop_map(|(mode, max_jobs, max_fetches, flags)| Options {
         mode,
         substitute: flags.3,
         has_substituters: flags.1,
         fallback: flags.2,
         keep_going: flags.0,
         max_jobs,
+        max_fetches,
         read_only: flags.4,
     })
 }

@@ -164,7 +164,7 @@ impl World {
                         assert!(self.making.insert(path), "made twice at once");
                     }
                     self.building += 1;
-                    assert!(self.building + self.fetching <= options.max_jobs as usize, "too many at once");
+                    assert!(self.building <= options.max_jobs as usize, "too many at once");
                 }
                 Action::Fetch { path, substituter, replace } => {
                     assert!(!self.cancelled && (options.keep_going || !self.failed), "started after the end");
@@ -178,7 +178,7 @@ impl World {
                     }
                     assert!(self.making.insert(path.clone()), "made twice at once");
                     self.fetching += 1;
-                    assert!(self.building + self.fetching <= options.max_jobs.max(1) as usize, "too many at once");
+                    assert!(self.fetching <= options.max_fetches.max(1) as usize, "too many at once");
                 }
                 Action::AskOffer { .. } => {
                     assert!(options.has_substituters || !self.cancelled);
@@ -326,6 +326,7 @@ pub(super) fn options() -> Options {
         fallback: false,
         keep_going: false,
         max_jobs: 1,
+        max_fetches: 1,
         read_only: false,
     }
 }

@@ -1,0 +1,316 @@
+//! One binary cache.
+//!
+//! Source: protocols, sections 5.1 and 5.5; `cache_info.json`.
+
+use std::io::{BufReader, Read};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use larder_core::hash_part::HashPart;
+use larder_core::narinfo::{self, CacheInfo, NarInfo};
+use larder_core::report::{Level, Reporter, chain};
+use larder_core::store_dir::StoreDir;
+use larder_core::store_path::StorePath;
+
+use crate::client::{Client, Download, Get};
+use crate::closure;
+use crate::compress::Method;
+use crate::error::{CacheError, DownloadError, SharedError};
+use crate::files::Folder;
+use crate::lookups::{CacheId, Known, Lookups};
+use crate::nar::NarReader;
+use crate::uri::{CacheUri, Location, host};
+
+/// How long a cache that failed is passed over.
+const LEFT_ALONE: Duration = Duration::from_secs(60);
+
+/// The file in which a cache tells of itself, and its longest length in bytes.
+const CACHE_INFO: &str = "nix-cache-info";
+const CACHE_INFO_MAX: u64 = 64 << 10;
+
+/// One cache.
+pub struct BinaryCache {
+    uri: CacheUri,
+    place: Place,
+    dir: StoreDir,
+    id: CacheId,
+    info: CacheInfo,
+    priority: i32,
+    wants_mass_query: bool,
+    is_trusted: bool,
+    /// Where whole closures can be asked for, if anywhere.
+    closures: Option<String>,
+    refuses_closures: AtomicBool,
+    /// When it failed, and why.
+    failed: Mutex<Option<(Instant, Arc<str>)>>,
+    reporter: Arc<dyn Reporter + Send + Sync>,
+}
+
+enum Place {
+    Http { client: Arc<Client>, base: String },
+    Folder(Folder),
+}
+
+impl std::fmt::Debug for BinaryCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BinaryCache").field("uri", &self.uri.shown).finish_non_exhaustive()
+    }
+}
+
+impl BinaryCache {
+    /// Looks at a cache. Errors: there is none, it is for another store directory, or it is ill.
+    pub fn open(
+        uri: CacheUri,
+        dir: &StoreDir,
+        client: &Arc<Client>,
+        lookups: &Lookups,
+        reporter: Arc<dyn Reporter + Send + Sync>,
+    ) -> Result<Self, CacheError> {
+        let place = match &uri.location {
+            Location::Http(base) => Place::Http { client: Arc::clone(client), base: base.clone() },
+            Location::Folder(path) => Place::Folder(Folder::new(path.clone(), uri.shown.clone())),
+        };
+        let (priority, wanted) = (uri.number("priority")?, uri.flag("want-mass-query")?);
+        let mut cache = Self {
+            id: CacheId::of(&uri.shown),
+            is_trusted: uri.flag("trusted")?.unwrap_or(false),
+            place,
+            dir: dir.clone(),
+            info: CacheInfo::default(),
+            priority: 0,
+            wants_mass_query: false,
+            closures: None,
+            refuses_closures: AtomicBool::new(false),
+            failed: Mutex::default(),
+            reporter,
+            uri,
+        };
+        let text = match cache.on_disk().then(|| lookups.cache_info(cache.id)).flatten() {
+            Some(text) => text,
+            None => match cache.small(CACHE_INFO, CACHE_INFO_MAX)? {
+                Some(text) => {
+                    if cache.on_disk() {
+                        lookups.put_cache_info(cache.id, &text);
+                    }
+                    text
+                }
+                None if cache.on_disk() => return Err(CacheError::NoCache { uri: cache.uri.shown }),
+                // A folder that is empty, or not there yet.
+                None => Vec::new(),
+            },
+        };
+        cache.info = CacheInfo::parse(dir, &text, &cache.uri.shown)?;
+        cache.closures = closure::offered(&text);
+        cache.priority = priority.or(cache.info.priority).unwrap_or(0);
+        cache.wants_mass_query = wanted.unwrap_or(cache.info.want_mass_query);
+        Ok(cache)
+    }
+
+    /// As people see it.
+    pub fn uri(&self) -> &str {
+        &self.uri.shown
+    }
+
+    /// Lower is asked first.
+    pub const fn priority(&self) -> i32 {
+        self.priority
+    }
+
+    /// May it be asked for many paths that it may well not have?
+    pub const fn wants_mass_query(&self) -> bool {
+        self.wants_mass_query
+    }
+
+    /// Do its paths count without signatures?
+    pub const fn is_trusted(&self) -> bool {
+        self.is_trusted
+    }
+
+    /// Is it worth writing down what it says? On the disk it is already.
+    pub(crate) const fn on_disk(&self) -> bool {
+        matches!(self.place, Place::Http { .. })
+    }
+
+    pub(crate) const fn id(&self) -> CacheId {
+        self.id
+    }
+
+    /// Why it is passed over, if it is.
+    pub(crate) fn disabled(&self) -> Option<CacheError> {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let (at, why) = failed.as_ref().filter(|(at, _)| at.elapsed() < LEFT_ALONE)?;
+        let _ = at;
+        Some(CacheError::Disabled { uri: self.uri.shown.clone(), source: SharedError(Arc::clone(why)) })
+    }
+
+    /// Notes an error, if it says something of the whole cache.
+    pub(crate) fn note(&self, error: &CacheError) {
+        if !error.is_of_whole_cache() || matches!(error, CacheError::Disabled { .. }) {
+            return;
+        }
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed.as_ref().is_none_or(|(at, _)| at.elapsed() >= LEFT_ALONE) {
+            let (uri, seconds) = (self.uri(), LEFT_ALONE.as_secs());
+            self.reporter.message(Level::Warn, format_args!("disabling binary cache '{uri}' for {seconds} seconds"));
+        }
+        *failed = Some((Instant::now(), chain(error).into()));
+    }
+
+    /// Where a file is: of the cache, or elsewhere if its name says so.
+    fn url(&self, base: &str, name: &str) -> Result<Get, CacheError> {
+        let is_absolute = name.starts_with("http://") || name.starts_with("https://");
+        if !is_absolute && (name.contains("://") || name.contains(['\n', '\r', ' '])) {
+            return Err(CacheError::Outside { uri: self.uri.shown.clone(), name: name.to_owned() });
+        }
+        let url = if is_absolute { name.to_owned() } else { format!("{base}/{}", name.trim_start_matches('/')) };
+        // A password is for the cache's own host, and a host is told nothing that another's is for.
+        let token = self.uri.parameter("token").map(|token| format!("Bearer {token}"));
+        let authorization = self.uri.authorization.clone().or(token).filter(|_| host(&url) == host(base));
+        Ok(Get { url, authorization, ..Get::default() })
+    }
+
+    fn download(&self, client: &Arc<Client>, get: &Get) -> Result<Option<Download>, CacheError> {
+        match client.get(get) {
+            Ok(download) => Ok(Some(download)),
+            // Where one may not list, what is not there is forbidden.
+            Err(DownloadError::Status { code: 401 | 403 | 404 | 407 | 410, .. }) => Ok(None),
+            Err(DownloadError::Stopped) => Err(CacheError::Interrupted),
+            Err(source) => Err(CacheError::Download { url: get.url.clone(), source }),
+        }
+    }
+
+    /// The contents of a file, with encodings of the server undone.
+    fn open_file(&self, name: &str, takes_encodings: bool) -> Result<Option<Box<dyn Read + Send>>, CacheError> {
+        match &self.place {
+            Place::Folder(folder) => {
+                let opened = folder.open(name)?;
+                Ok(opened.map(|(file, _)| -> Box<dyn Read + Send> { Box::new(file) }))
+            }
+            Place::Http { client, base } => {
+                let get = Get { takes_encodings, ..self.url(base, name)? };
+                let download = self.download(client, &get)?;
+                download.map(|download| decoded(download, &get.url)).transpose()
+            }
+        }
+    }
+
+    /// A file that is read into memory; `None` if there is none.
+    pub fn small(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, CacheError> {
+        let Some(file) = self.open_file(name, true)? else { return Ok(None) };
+        let mut text = Vec::new();
+        file.take(limit + 1).read_to_end(&mut text).map_err(|error| self.reading(name, error))?;
+        if text.len() as u64 > limit {
+            return Err(CacheError::TooLong { uri: self.uri.shown.clone(), name: name.to_owned(), limit });
+        }
+        Ok(Some(text))
+    }
+
+    fn reading(&self, name: &str, error: std::io::Error) -> CacheError {
+        CacheError::from_io(error).unwrap_or_else(|source| match &self.place {
+            Place::Folder(folder) => folder.reading(name, source),
+            Place::Http { .. } => CacheError::Decompress { uri: self.uri.shown.clone(), name: name.to_owned(), source },
+        })
+    }
+
+    /// What is known already of what it has.
+    pub(crate) fn known(&self, lookups: &Lookups, part: HashPart) -> Option<Known> {
+        let parse = |text: &[u8]| NarInfo::parse(&self.dir, text, "").ok();
+        lookups.get(self.id, self.on_disk(), part, parse)
+    }
+
+    /// What it has of a path.
+    pub fn narinfo(&self, lookups: &Lookups, part: HashPart) -> Result<Known, CacheError> {
+        if let Some(known) = self.known(lookups, part) {
+            return Ok(known);
+        }
+        let name = format!("{part}.narinfo");
+        match self.small(&name, narinfo::MAX_LEN as u64)? {
+            None => {
+                lookups.put(self.id, self.on_disk(), part, Known::Absent, b"");
+                Ok(Known::Absent)
+            }
+            Some(text) => self.take_in(lookups, part, &text),
+        }
+    }
+
+    /// Remembers the text of a narinfo file that the cache gave for a hash part.
+    fn take_in(&self, lookups: &Lookups, part: HashPart, text: &[u8]) -> Result<Known, CacheError> {
+        let name = format!("{part}.narinfo");
+        let info = NarInfo::parse(&self.dir, text, &name).map_err(|source| CacheError::NarInfo {
+            uri: self.uri.shown.clone(),
+            name,
+            source,
+        })?;
+        if !info.answers(part, None) {
+            self.reporter.message(
+                Level::Warn,
+                format_args!(
+                    "the cache '{}' was asked for the path with the hash part '{part}' and tells of '{}'; \
+                     it is taken as not having it",
+                    self.uri(),
+                    self.dir.display(&info.info.path)
+                ),
+            );
+            lookups.put(self.id, false, part, Known::Absent, b"");
+            return Ok(Known::Absent);
+        }
+        let known = Known::There(Arc::new(info));
+        lookups.put(self.id, self.on_disk(), part, known.clone(), text);
+        Ok(known)
+    }
+
+    /// Opens an archive; `None` if the cache has not got it after all.
+    pub fn nar(&self, info: &NarInfo) -> Result<Option<NarReader>, CacheError> {
+        let uncompressed = Method::parse(&info.compression) == Some(Method::None);
+        let file = self.open_file(&info.url, uncompressed)?;
+        file.map(|file| NarReader::new(self.uri(), info, file)).transpose()
+    }
+
+    /// The log of a build, if it has that.
+    pub fn log(&self, drv: &StorePath) -> Result<Option<Box<dyn Read + Send>>, CacheError> {
+        self.open_file(&format!("log/{drv}"), true)
+    }
+
+    /// Asks for whole closures at once, where the cache can do that, and remembers what it says.
+    ///
+    /// Whatever goes wrong, paths can be asked for one by one.
+    pub(crate) fn ask_closures(&self, lookups: &Lookups, parts: &[HashPart]) {
+        let (Place::Http { client, base }, Some(name)) = (&self.place, &self.closures) else { return };
+        if parts.is_empty() || self.refuses_closures.load(Ordering::Relaxed) {
+            return;
+        }
+        let asked = (|| {
+            let body: String = parts.iter().map(|part| format!("{part}\n")).collect();
+            let get = Get { takes_encodings: true, body: Some(body.into_bytes().into()), ..self.url(base, name)? };
+            let Some(download) = self.download(client, &get)? else {
+                return Err(CacheError::Closure { uri: self.uri.shown.clone(), reason: "there is none" });
+            };
+            let answer = BufReader::new(decoded(download, &get.url)?);
+            closure::read(self.uri(), answer, |part, text| match text {
+                Some(text) => self.take_in(lookups, part, text).map(drop),
+                None => {
+                    lookups.put(self.id, true, part, Known::Absent, b"");
+                    Ok(())
+                }
+            })
+        })();
+        if let Err(error) = asked {
+            self.refuses_closures.store(true, Ordering::Relaxed);
+            let text = chain(&error);
+            self.reporter.message(Level::Talkative, format_args!("asking for paths one by one: {text}"));
+        }
+    }
+
+    pub(crate) fn offers_closures(&self) -> bool {
+        self.closures.is_some() && !self.refuses_closures.load(Ordering::Relaxed)
+    }
+}
+
+/// The body of an answer as it was before the server encoded it.
+fn decoded(download: Download, url: &str) -> Result<Box<dyn Read + Send>, CacheError> {
+    let Some(encoding) = download.encoding().map(str::to_owned) else { return Ok(Box::new(download)) };
+    let failed = |source| CacheError::Download { url: url.to_owned(), source };
+    let method = Method::of_encoding(&encoding).ok_or_else(|| failed(DownloadError::Encoding(encoding)))?;
+    method.decoder(download).map_err(|source| failed(DownloadError::Cut { at: 0, source }))
+}

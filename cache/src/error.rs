@@ -1,0 +1,153 @@
+//! What can go wrong with a cache.
+
+use std::io;
+use std::path::PathBuf;
+
+use larder_core::hash::Hash;
+use larder_core::narinfo::{CacheInfoError, NarInfoError};
+use larder_core::store_path::StorePathError;
+
+/// An error of a cache. The texts name the cache and the file; the reason is the source.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CacheError {
+    #[error("don't know how to open Nix store '{uri}'")]
+    UnknownStore { uri: String },
+    #[error("cannot use the cache '{uri}': this version of Larder speaks to file, http and https caches only")]
+    Unsupported { uri: String },
+    #[error("the URI '{uri}' of a cache is not valid: {reason}")]
+    Uri { uri: String, reason: String },
+    #[error("'{uri}' does not appear to be a binary cache")]
+    NoCache { uri: String },
+    #[error(transparent)]
+    Info(#[from] CacheInfoError),
+    #[error("unable to download '{url}'")]
+    Download { url: String, source: DownloadError },
+    #[error("unable to upload '{url}'")]
+    Upload { url: String, source: DownloadError },
+    #[error("{doing} '{}'", path.display())]
+    File { doing: &'static str, path: PathBuf, source: io::Error },
+    #[error("'{}' in the cache '{uri}' is no regular file", path.display())]
+    NotRegular { uri: String, path: PathBuf },
+    #[error("the cache '{uri}' names a file outside of itself, '{name}', which is not looked at")]
+    Outside { uri: String, name: String },
+    #[error("file '{name}' does not exist in binary cache '{uri}'")]
+    Missing { uri: String, name: String },
+    #[error("file '{name}' of the cache '{uri}' has more than {limit} bytes")]
+    TooLong { uri: String, name: String, limit: u64 },
+    #[error("what the cache '{uri}' says of '{name}' is not valid")]
+    NarInfo { uri: String, name: String, source: NarInfoError },
+    #[error("unknown compression method '{method}' in the cache '{uri}'")]
+    Compression { uri: String, method: String },
+    #[error("'{name}' of the cache '{uri}' cannot be decompressed")]
+    Decompress { uri: String, name: String, source: io::Error },
+    #[error("size mismatch of '{name}' from the cache '{uri}';\n  specified: {expected}\n  got:       {found}")]
+    FileSize { uri: String, name: String, expected: u64, found: u64 },
+    #[error("size mismatch of '{name}' from the cache '{uri}': there is more than the {expected} bytes it said")]
+    MoreThanSaid { uri: String, name: String, expected: u64 },
+    #[error("hash mismatch of '{name}' from the cache '{uri}';\n  specified: {expected}\n  got:       {found}")]
+    FileHash { uri: String, name: String, expected: Hash, found: Hash },
+    /// It failed a short while ago and is left alone for now.
+    #[error("the cache '{uri}' is passed over for now, as it failed")]
+    Disabled {
+        uri: String,
+        #[source]
+        source: SharedError,
+    },
+    #[error("the answer of the cache '{uri}' about a closure is not valid: {reason}")]
+    Closure { uri: String, reason: &'static str },
+    #[error(transparent)]
+    Path(#[from] StorePathError),
+    #[error("{method} compression")]
+    Compress { method: &'static str, source: io::Error },
+    #[error("reading the key file '{}'", path.display())]
+    KeyFile { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Key(#[from] larder_core::signature::SignatureError),
+    #[error(transparent)]
+    Store(#[from] larder_core::api::StoreError),
+    #[error("interrupted by the user")]
+    Interrupted,
+}
+
+/// An error that several have to hear of, by its text.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct SharedError(pub std::sync::Arc<str>);
+
+/// Why something could not be had from a server.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DownloadError {
+    #[error("HTTP error {code} ('{reason}')")]
+    Status { code: u16, reason: String },
+    #[error(transparent)]
+    Http(Box<ureq::Error>),
+    #[error("{scheme} is not spoken here; only http and https are")]
+    Scheme { scheme: String },
+    #[error("less than a byte a second came in {seconds} seconds")]
+    Stalled { seconds: u64 },
+    #[error("it was cut after {at} bytes and cannot be resumed")]
+    Cut {
+        at: u64,
+        #[source]
+        source: io::Error,
+    },
+    #[error("it was cut after {at} of {total} bytes")]
+    Short { at: u64, total: u64 },
+    #[error("the content encoding '{0}' is not known")]
+    Encoding(String),
+    #[error("the download was stopped")]
+    Stopped,
+    #[error("cannot read the file")]
+    File(#[source] io::Error),
+    #[error("it is no regular file")]
+    NotRegular,
+}
+
+impl From<ureq::Error> for DownloadError {
+    fn from(error: ureq::Error) -> Self {
+        Self::Http(Box::new(error))
+    }
+}
+
+impl DownloadError {
+    /// May another attempt do better?
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Status { code, .. } => {
+                matches!(code, 408 | 429) || (*code >= 500 && !matches!(code, 501 | 505 | 511))
+            }
+            Self::Http(error) => matches!(
+                **error,
+                ureq::Error::Io(_)
+                    | ureq::Error::Timeout(_)
+                    | ureq::Error::ConnectionFailed
+                    | ureq::Error::HostNotFound
+                    | ureq::Error::Protocol(_)
+            ),
+            Self::Stalled { .. } | Self::Cut { .. } | Self::Short { .. } => true,
+            Self::Scheme { .. } | Self::Encoding(_) | Self::Stopped | Self::File(_) | Self::NotRegular => false,
+        }
+    }
+}
+
+impl CacheError {
+    /// Does it say something of the whole cache, so that it had better be left alone for a while?
+    pub fn is_of_whole_cache(&self) -> bool {
+        match self {
+            Self::Download { source, .. } => source.is_passing(),
+            Self::Disabled { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// The error beneath, where it went through a stream.
+    pub fn from_io(error: io::Error) -> Result<Self, io::Error> {
+        if error.get_ref().is_some_and(|inner| inner.is::<Self>()) {
+            let inner = error.into_inner().and_then(|inner| inner.downcast::<Self>().ok());
+            return inner.map(|inner| *inner).ok_or_else(|| io::Error::other("an error without one"));
+        }
+        Err(error)
+    }
+}

@@ -1,0 +1,43 @@
+//! Binary caches: where they are, what they have, and how it comes here and goes there.
+//!
+//! A cache is a folder of small files (`nix-cache-info`, `<hash part>.narinfo`) and compressed
+//! archives (`nar/...`), on a disk or behind a web server. Nothing a cache says is believed
+//! further than it can be checked: sizes bound what is read, hashes are taken of what came, and
+//! names may not lead outside. Whether a path may be *trusted* (signatures) is for whoever asks;
+//! nothing here touches a store.
+//!
+//! - [`uri`]: what a URI of a cache says; [`client`]: requests, retries, resuming; [`files`]: a
+//!   cache on a disk;
+//! - [`binary_cache`]: one cache; [`caches`]: several, asked in order of their priority;
+//!   [`lookups`]: what was asked before, also by other processes;
+//! - [`compress`], [`nar`]: archives on their way, decompressed and checked;
+//! - [`write`], [`listing`]: making a cache; [`serve`]: being one; [`closure`]: many paths at once.
+//!
+//! HTTP is spoken with `ureq`: one request a connection at a time, connections kept and used
+//! again, a thread for each request that is open. HTTP/2 would put many requests on one
+//! connection; what counts, the number of requests that are open at once, is `http-connections`
+//! in either case, and so are the rounds. What it would cost is an asynchronous runtime in every
+//! command, for all of its start-up, size and ways to fail.
+//!
+//! Source: protocols, section 5.
+
+pub mod binary_cache;
+pub mod caches;
+pub mod client;
+pub mod closure;
+pub mod compress;
+pub mod error;
+pub mod files;
+pub mod listing;
+pub mod lookups;
+pub mod nar;
+pub mod netrc;
+pub mod serve;
+#[cfg(feature = "testing")]
+pub mod testing;
+pub mod uri;
+pub mod write;
+
+pub use binary_cache::BinaryCache;
+pub use caches::{Caches, Found, Options};
+pub use error::{CacheError, DownloadError};

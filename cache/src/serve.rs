@@ -1,0 +1,700 @@
+//! Serving a store as a binary cache.
+//!
+//! One thread a connection, one request after another; archives are made as they are sent, so
+//! nothing is held in memory and nothing lies on the disk twice. Who may connect, and with which
+//! sockets, is for the caller.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /nix-cache-info` | what the cache is, with `LarderClosure: closure` |
+//! | `GET /HASHPART.narinfo` | signed with each key as it is asked for |
+//! | `GET /nar/NARHASH.nar?hash=HASHPART` | the archive; ranges, or zstd for who takes that |
+//! | `GET /HASHPART.ls` | what lies in it |
+//! | `GET /log/DERIVATION` | the log of a build |
+//! | `POST /closure` | many narinfo files at once, see [`crate::closure`] |
+//! | `GET /metrics`, `/health`, `/` | for those who run it |
+//!
+//! Source: protocols, section 5.6.
+
+use std::collections::BTreeSet;
+use std::io::{self, BufWriter, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use larder_core::api::{self, ReadStore};
+use larder_core::hash::Encoding;
+use larder_core::hash_part::HashPart;
+use larder_core::narinfo::NarInfo;
+use larder_core::path_info::PathInfo;
+use larder_core::signature::SecretKey;
+use larder_core::store_path::StorePath;
+
+use crate::closure;
+use crate::compress::{Encoder, Method};
+use crate::listing::Lister;
+
+/// Bytes of the head of a request, at most.
+const HEAD_MAX: usize = 16 << 10;
+
+/// Bytes of a question after closures, at most.
+const BODY_MAX: usize = 33 * closure::ASKED_MAX;
+
+/// How long a client may say nothing, or take nothing.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// For how long, and how much, a client may go on sending once it has its last answer.
+const LINGER: Duration = Duration::from_millis(500);
+const LINGER_BYTES: u64 = 1 << 20;
+
+const INFO: &str = "text/x-nix-cache-info";
+const NARINFO: &str = "text/x-nix-narinfo";
+const NAR: &str = "application/x-nix-nar";
+const TEXT: &str = "text/plain; charset=utf-8";
+
+/// The store that is served.
+pub trait Shop: Sync {
+    fn store(&self) -> &dyn ReadStore;
+
+    /// The store with a path that is not collected while it is held.
+    fn hold(&self, path: &StorePath) -> Result<Box<dyn ReadStore + '_>, api::StoreError>;
+
+    /// The log of a build, if it is here.
+    fn log(&self, drv: &StorePath) -> io::Result<Option<Box<dyn Read + '_>>>;
+}
+
+/// How to serve.
+#[derive(Debug, Default)]
+pub struct ServeOptions {
+    /// What signs, beside the signatures that paths have.
+    pub keys: Vec<SecretKey>,
+    pub priority: i32,
+    /// What clients must know: as `Bearer`, or as the password of anyone.
+    pub token: Option<String>,
+    /// The level of zstd for archives; `None`: they are sent as they are.
+    pub zstd_level: Option<i32>,
+}
+
+/// What has been done so far.
+#[derive(Debug, Default)]
+struct Metrics {
+    requests: [AtomicU64; ROUTES.len()],
+    errors: AtomicU64,
+    refused: AtomicU64,
+    nar_bytes: AtomicU64,
+    micros: AtomicU64,
+}
+
+/// The sorts of requests, as metrics name them.
+const ROUTES: [&str; 7] = ["cache-info", "narinfo", "nar", "ls", "log", "closure", "other"];
+
+/// Serves a store.
+pub struct Server<'a> {
+    shop: &'a dyn Shop,
+    options: ServeOptions,
+    metrics: Metrics,
+}
+
+impl std::fmt::Debug for Server<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+/// A request without its body.
+#[derive(Debug, Default)]
+struct Asked {
+    method: String,
+    path: String,
+    query: String,
+    authorization: Option<String>,
+    range: Option<String>,
+    takes_zstd: bool,
+    body_bytes: usize,
+    closes: bool,
+    /// Does the client know chunks?
+    is_1_1: bool,
+}
+
+/// An answer that is small.
+struct Small {
+    status: u16,
+    kind: &'static str,
+    body: Vec<u8>,
+}
+
+impl Small {
+    fn text(status: u16, text: &str) -> Self {
+        Self { status, kind: TEXT, body: format!("{text}\n").into_bytes() }
+    }
+
+    fn ok(kind: &'static str, body: impl Into<Vec<u8>>) -> Self {
+        Self { status: 200, kind, body: body.into() }
+    }
+}
+
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        206 => "Partial Content",
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        413 => "Content Too Large",
+        416 => "Range Not Satisfiable",
+        431 => "Request Header Fields Too Large",
+        _ => "Internal Server Error",
+    }
+}
+
+/// What becomes of the connection.
+type Next = io::Result<bool>;
+
+impl<'a> Server<'a> {
+    pub fn new(shop: &'a dyn Shop, options: ServeOptions) -> Self {
+        Self { shop, options, metrics: Metrics::default() }
+    }
+
+    /// Answers all that comes over a connection.
+    pub fn connection(&self, stream: &TcpStream) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        self.answer_all(stream)?;
+        // What the client still sends must be taken, or it may never see the answer.
+        stream.shutdown(Shutdown::Write)?;
+        stream.set_read_timeout(Some(LINGER))?;
+        io::copy(&mut stream.take(LINGER_BYTES), &mut io::sink()).map(drop)
+    }
+
+    fn answer_all(&self, stream: &TcpStream) -> io::Result<()> {
+        let mut input = stream;
+        let mut buffer = Vec::new();
+        loop {
+            let asked = match read_head(&mut input, &mut buffer)? {
+                Head::Asked(asked) => asked,
+                Head::End => return Ok(()),
+                Head::Bad(status) => {
+                    let mut out = BufWriter::new(stream);
+                    send_small(&mut out, &Small::text(status, reason(status)), true, true)?;
+                    return out.flush();
+                }
+            };
+            let mut out = BufWriter::with_capacity(64 << 10, stream);
+            let began = Instant::now();
+            let goes_on = self.answer(&asked, &mut input, &mut buffer, &mut out)?;
+            out.flush()?;
+            let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+            self.metrics.micros.fetch_add(micros, Ordering::Relaxed);
+            if !goes_on || asked.closes {
+                return Ok(());
+            }
+        }
+    }
+
+    fn count(&self, route: &str) {
+        if let Some(n) = ROUTES.iter().position(|name| *name == route)
+            && let Some(counter) = self.metrics.requests.get(n)
+        {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Answers one request; says whether the connection may go on.
+    fn answer(&self, asked: &Asked, input: &mut dyn Read, buffer: &mut Vec<u8>, out: &mut dyn Write) -> Next {
+        let is_head = asked.method == "HEAD";
+        let small = |out: &mut dyn Write, small: Small| {
+            if small.status >= 500 {
+                self.metrics.errors.fetch_add(1, Ordering::Relaxed);
+            }
+            send_small(out, &small, !is_head, asked.closes)?;
+            Ok(true)
+        };
+        if asked.body_bytes > BODY_MAX {
+            small(out, Small::text(413, "that is too long"))?;
+            return Ok(false);
+        }
+        let body = read_body(input, buffer, asked.body_bytes)?;
+        if asked.path == "/health" {
+            return small(out, Small::text(200, "good"));
+        }
+        if !self.may(asked) {
+            self.metrics.refused.fetch_add(1, Ordering::Relaxed);
+            return small(out, Small::text(401, "a token is needed"));
+        }
+        let path = asked.path.strip_prefix('/').unwrap_or_default();
+        match (asked.method.as_str(), path) {
+            ("POST", "closure") => {
+                self.count("closure");
+                self.closure(asked, &body, out)
+            }
+            ("GET" | "HEAD", "nix-cache-info") => {
+                self.count("cache-info");
+                let (dir, priority, key) = (self.shop.store().dir(), self.options.priority, closure::KEY);
+                let text = format!("StoreDir: {dir}\nWantMassQuery: 1\nPriority: {priority}\n{key} closure\n");
+                small(out, Small::ok(INFO, text))
+            }
+            ("GET" | "HEAD", "metrics") => small(out, Small::ok("text/plain; version=0.0.4", self.metrics())),
+            ("GET" | "HEAD", "") => {
+                self.count("other");
+                let text = format!("larder {}, serving {}", env!("CARGO_PKG_VERSION"), self.shop.store().dir());
+                small(out, Small::text(200, &text))
+            }
+            ("GET" | "HEAD", _) => {
+                if let Some(part) = path.strip_suffix(".narinfo") {
+                    self.count("narinfo");
+                    return small(out, or_500(self.narinfo(part)));
+                }
+                if let Some(part) = path.strip_suffix(".ls") {
+                    self.count("ls");
+                    return small(out, or_500(self.listing(part)));
+                }
+                if let Some(name) = path.strip_prefix("nar/") {
+                    self.count("nar");
+                    return self.nar(asked, name, out, is_head);
+                }
+                if let Some(name) = path.strip_prefix("log/") {
+                    self.count("log");
+                    return small(out, self.log(name));
+                }
+                self.count("other");
+                small(out, Small::text(404, "there is no such file"))
+            }
+            _ => small(out, Small::text(405, "only GET, HEAD and POST /closure are answered")),
+        }
+    }
+
+    /// Does the client know the token?
+    fn may(&self, asked: &Asked) -> bool {
+        let Some(token) = &self.options.token else { return true };
+        let Some((scheme, value)) = asked.authorization.as_deref().and_then(|text| text.split_once(' ')) else {
+            return false;
+        };
+        if scheme.eq_ignore_ascii_case("bearer") {
+            return same(value.trim().as_bytes(), token.as_bytes());
+        }
+        let pair = larder_core::hash::decode_base64(value.trim()).unwrap_or_default();
+        let password = pair.iter().position(|b| *b == b':').and_then(|at| pair.get(at + 1..)).unwrap_or_default();
+        scheme.eq_ignore_ascii_case("basic") && same(password, token.as_bytes())
+    }
+
+    fn find(&self, part: &str) -> Result<Option<PathInfo>, api::StoreError> {
+        let Ok(part) = part.parse::<HashPart>() else { return Ok(None) };
+        match self.shop.store().by_hash_part(part)? {
+            Some(path) => self.shop.store().info(&path),
+            None => Ok(None),
+        }
+    }
+
+    fn narinfo(&self, part: &str) -> Result<Small, api::StoreError> {
+        Ok(match self.find(part)? {
+            None => Small::text(404, "there is no such path"),
+            Some(info) => Small::ok(NARINFO, self.text_of(info)),
+        })
+    }
+
+    /// The text of a narinfo file, signed.
+    fn text_of(&self, mut info: PathInfo) -> String {
+        let dir = self.shop.store().dir();
+        // A path without a size cannot be signed, and is told of without.
+        let signatures = self.options.keys.iter().filter_map(|key| key.sign_path(dir, &info).ok());
+        let signatures: Vec<_> = signatures.collect();
+        info.signatures.extend(signatures);
+        let hash = info.nar_hash.to_hash();
+        let url = format!("nar/{}.nar?hash={}", hash.encode(Encoding::Base32), info.path.hash_part());
+        let (file_hash, file_size_bytes) = (Some(hash), Some(info.nar_size_bytes));
+        NarInfo { info, url, compression: "none".to_owned(), file_hash, file_size_bytes }.to_text(dir)
+    }
+
+    fn listing(&self, part: &str) -> Result<Small, api::StoreError> {
+        let Some(info) = self.find(part)? else { return Ok(Small::text(404, "there is no such path")) };
+        let mut lister = Lines(Lister::new());
+        self.shop.hold(&info.path)?.nar(&info.path, &mut lister)?;
+        Ok(match lister.0.finish() {
+            Some(text) => Small::ok("application/json", text),
+            None => Small::text(404, "it cannot be listed"),
+        })
+    }
+
+    fn log(&self, name: &str) -> Small {
+        let Ok(drv) = StorePath::from_base_name(name.as_bytes()) else {
+            return Small::text(404, "there is no such log");
+        };
+        let mut text = Vec::new();
+        match self.shop.log(&drv) {
+            Ok(Some(log)) => match log.take(256 << 20).read_to_end(&mut text) {
+                Ok(_) => Small::ok(TEXT, text),
+                Err(_) => Small::text(500, "the log cannot be read"),
+            },
+            Ok(None) => Small::text(404, "there is no such log"),
+            Err(_) => Small::text(500, "the log cannot be read"),
+        }
+    }
+
+    fn nar(&self, asked: &Asked, name: &str, out: &mut dyn Write, is_head: bool) -> Next {
+        let absent = |out: &mut dyn Write, status: u16, text: &str| {
+            send_small(out, &Small::text(status, text), !is_head, asked.closes)?;
+            Ok(true)
+        };
+        let part = asked.query.split('&').find_map(|pair| pair.strip_prefix("hash=")).unwrap_or_default();
+        let wanted = name.strip_suffix(".nar").unwrap_or_default();
+        let held = self.find(part).and_then(|info| match info {
+            // Valid still, now that it is held?
+            Some(info) if info.nar_hash.to_hash().encode(Encoding::Base32) == wanted => {
+                let held = self.shop.hold(&info.path)?;
+                Ok(if held.is_valid(&info.path)? { Some((held, info)) } else { None })
+            }
+            _ => Ok(None),
+        });
+        let (store, info) = match held {
+            Ok(Some(found)) => found,
+            Ok(None) => return absent(out, 404, "there is no such archive"),
+            Err(_) => {
+                self.metrics.errors.fetch_add(1, Ordering::Relaxed);
+                return absent(out, 500, "the store cannot be read");
+            }
+        };
+        let size = info.nar_size_bytes;
+        let Ok(range) = parse_range(asked.range.as_deref(), size) else {
+            return absent(out, 416, "there are not so many bytes");
+        };
+        let zstd = self.options.zstd_level.filter(|_| asked.takes_zstd && asked.is_1_1 && range.is_none());
+        let (status, from, to) = range.map_or((200, 0, size), |(from, to)| (206, from, to));
+        let mut head = head_of(status, NAR, asked.closes);
+        head.push_str("Cache-Control: public, max-age=31536000, immutable\r\nVary: Accept-Encoding\r\n");
+        head.push_str(&format!("ETag: \"{wanted}{}\"\r\n", if zstd.is_some() { "-zstd" } else { "" }));
+        match zstd {
+            Some(_) => head.push_str("Content-Encoding: zstd\r\nTransfer-Encoding: chunked\r\n"),
+            None => head.push_str(&format!("Accept-Ranges: bytes\r\nContent-Length: {}\r\n", to - from)),
+        }
+        if status == 206 {
+            head.push_str(&format!("Content-Range: bytes {from}-{}/{size}\r\n", to - 1));
+        }
+        head.push_str("\r\n");
+        out.write_all(head.as_bytes())?;
+        if is_head {
+            return Ok(true);
+        }
+        let sent = if let Some(level) = zstd {
+            let mut encoder = Encoder::new(Method::Zstd, Some(level), 1, Chunks(&mut *out))?;
+            match store.nar(&info.path, &mut encoder) {
+                // Without its end the client knows that it is not whole.
+                Err(_) => return Ok(false),
+                Ok(()) => encoder.finish()?.end()?,
+            }
+            size
+        } else {
+            let mut window = Window { out, skip: from, left: to - from };
+            match store.nar(&info.path, &mut window) {
+                Ok(()) => {}
+                Err(_) if window.left == 0 => {}
+                Err(_) => return Ok(false),
+            }
+            to - from
+        };
+        self.metrics.nar_bytes.fetch_add(sent, Ordering::Relaxed);
+        Ok(true)
+    }
+
+    fn closure(&self, asked: &Asked, body: &[u8], out: &mut dyn Write) -> Next {
+        let parsed: Option<Vec<HashPart>> = std::str::from_utf8(body)
+            .ok()
+            .and_then(|text| text.split_ascii_whitespace().map(|part| part.parse().ok()).collect());
+        let Some(parts) = parsed.filter(|parts| parts.len() <= closure::ASKED_MAX) else {
+            send_small(out, &Small::text(400, "hash parts, one a line, are expected"), true, asked.closes)?;
+            return Ok(true);
+        };
+        let answer = (|| {
+            let store = self.shop.store();
+            let mut answer = Vec::new();
+            let mut there = BTreeSet::new();
+            for part in parts {
+                match store.by_hash_part(part)? {
+                    Some(path) => drop(there.insert(path)),
+                    None => closure::write(&mut answer, part, None)?,
+                }
+            }
+            for path in store.closure(&there, false)? {
+                if let Some(info) = store.info(&path)? {
+                    closure::write(&mut answer, path.hash_part(), Some(&self.text_of(info)))?;
+                }
+            }
+            closure::write_end(&mut answer)?;
+            Ok::<_, api::StoreError>(answer)
+        })();
+        let Ok(answer) = answer else {
+            self.metrics.errors.fetch_add(1, Ordering::Relaxed);
+            send_small(out, &Small::text(500, "the store cannot be read"), true, asked.closes)?;
+            return Ok(true);
+        };
+        if !asked.takes_zstd || answer.len() < 1024 {
+            send_small(out, &Small::ok("application/x-larder-closure", answer), true, asked.closes)?;
+            return Ok(true);
+        }
+        let mut encoder = Encoder::new(Method::Zstd, None, 1, Vec::new())?;
+        encoder.write_all(&answer)?;
+        let packed = encoder.finish()?;
+        let mut head = head_of(200, "application/x-larder-closure", asked.closes);
+        head.push_str(&format!("Content-Encoding: zstd\r\nContent-Length: {}\r\n\r\n", packed.len()));
+        out.write_all(head.as_bytes())?;
+        out.write_all(&packed)?;
+        Ok(true)
+    }
+
+    fn metrics(&self) -> String {
+        let mut text =
+            String::from("# HELP larder_requests_total Requests answered.\n# TYPE larder_requests_total counter\n");
+        for (route, counter) in ROUTES.iter().zip(&self.metrics.requests) {
+            text.push_str(&format!("larder_requests_total{{route=\"{route}\"}} {}\n", counter.load(Ordering::Relaxed)));
+        }
+        for (name, help, value) in [
+            ("errors", "Answers with status 500.", &self.metrics.errors),
+            ("refused", "Requests without the token.", &self.metrics.refused),
+            ("nar_bytes", "Bytes of archives sent, before compression.", &self.metrics.nar_bytes),
+            ("busy_microseconds", "Time spent on answers.", &self.metrics.micros),
+        ] {
+            let value = value.load(Ordering::Relaxed);
+            text.push_str(&format!(
+                "# HELP larder_{name}_total {help}\n# TYPE larder_{name}_total counter\nlarder_{name}_total {value}\n"
+            ));
+        }
+        text
+    }
+}
+
+fn or_500(answer: Result<Small, api::StoreError>) -> Small {
+    answer.unwrap_or_else(|_| Small::text(500, "the store cannot be read"))
+}
+
+/// Compares in a time that does not depend on where they differ.
+fn same(one: &[u8], other: &[u8]) -> bool {
+    one.len() == other.len() && one.iter().zip(other).fold(0, |sum, (a, b)| sum | (a ^ b)) == 0
+}
+
+/// A listing as something to write to.
+struct Lines(Lister);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.push(bytes).map_err(io::Error::other)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Lets through a part of what is written, and ends it with an error behind that.
+struct Window<'o> {
+    out: &'o mut dyn Write,
+    skip: u64,
+    left: u64,
+}
+
+impl Write for Window<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(bytes.len());
+        self.skip -= skipped as u64;
+        let rest = bytes.get(skipped..).unwrap_or_default();
+        if self.left == 0 && !rest.is_empty() {
+            return Err(io::Error::other("the range has ended"));
+        }
+        let n = usize::try_from(self.left).unwrap_or(usize::MAX).min(rest.len());
+        self.out.write_all(rest.get(..n).unwrap_or_default())?;
+        self.left -= n as u64;
+        Ok(skipped + n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// Cuts what is written into the chunks of HTTP.
+struct Chunks<'o>(&'o mut dyn Write);
+
+impl Write for Chunks<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !bytes.is_empty() {
+            write!(self.0, "{:x}\r\n", bytes.len())?;
+            self.0.write_all(bytes)?;
+            self.0.write_all(b"\r\n")?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Chunks<'_> {
+    fn end(self) -> io::Result<()> {
+        self.0.write_all(b"0\r\n\r\n")
+    }
+}
+
+/// The first byte and the one behind the last, of `bytes=A-B`, `bytes=A-` or `bytes=-N`. What is no
+/// range of bytes, or several, is not heeded.
+fn parse_range(text: Option<&str>, size: u64) -> Result<Option<(u64, u64)>, ()> {
+    let Some((from, to)) = text.and_then(|text| text.trim().strip_prefix("bytes=")?.split_once('-')) else {
+        return Ok(None);
+    };
+    let range = match (from.parse::<u64>(), to.parse::<u64>()) {
+        (Ok(from), Ok(last)) if from <= last => (from, last.saturating_add(1).min(size)),
+        (Ok(from), Err(_)) if to.is_empty() => (from, size),
+        (Err(_), Ok(many)) if from.is_empty() && many > 0 => (size.saturating_sub(many), size),
+        _ => return Ok(None),
+    };
+    if range.0 < range.1 { Ok(Some(range)) } else { Err(()) }
+}
+
+fn head_of(status: u16, kind: &str, closes: bool) -> String {
+    let close = if closes { "Connection: close\r\n" } else { "" };
+    format!("HTTP/1.1 {status} {}\r\nServer: larder\r\nContent-Type: {kind}\r\n{close}", reason(status))
+}
+
+fn send_small(out: &mut dyn Write, small: &Small, with_body: bool, closes: bool) -> io::Result<()> {
+    let mut head = head_of(small.status, small.kind, closes);
+    if small.status != 200 {
+        head.push_str("Cache-Control: no-store\r\n");
+    }
+    if small.status == 401 {
+        head.push_str("WWW-Authenticate: Basic realm=\"larder\"\r\n");
+    }
+    head.push_str(&format!("Content-Length: {}\r\n\r\n", small.body.len()));
+    out.write_all(head.as_bytes())?;
+    if with_body { out.write_all(&small.body) } else { Ok(()) }
+}
+
+enum Head {
+    Asked(Asked),
+    End,
+    /// To be answered with this status, and no more.
+    Bad(u16),
+}
+
+/// Reads the head of a request; what follows stays in the buffer.
+fn read_head(input: &mut dyn Read, buffer: &mut Vec<u8>) -> io::Result<Head> {
+    loop {
+        let mut headers = [httparse::EMPTY_HEADER; 64];
+        let mut parsed = httparse::Request::new(&mut headers);
+        match parsed.parse(buffer) {
+            Ok(httparse::Status::Complete(length)) => {
+                let asked = asked_of(&parsed);
+                buffer.drain(..length);
+                return Ok(asked.map_or(Head::Bad(400), Head::Asked));
+            }
+            Ok(httparse::Status::Partial) if buffer.len() < HEAD_MAX => {}
+            Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => return Ok(Head::Bad(431)),
+            Err(_) => return Ok(Head::Bad(400)),
+        }
+        let mut block = [0; 4096];
+        match input.read(&mut block) {
+            Ok(0) => return Ok(Head::End),
+            Ok(n) => buffer.extend_from_slice(block.get(..n).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // Nothing came for long, or the client has gone: no more to be said.
+            Err(_) => return Ok(Head::End),
+        }
+    }
+}
+
+/// `None`: it is a request that is not understood.
+fn asked_of(parsed: &httparse::Request<'_, '_>) -> Option<Asked> {
+    let target = parsed.path?;
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let mut asked = Asked {
+        method: parsed.method?.to_owned(),
+        path: path.to_owned(),
+        query: query.to_owned(),
+        is_1_1: parsed.version == Some(1),
+        closes: parsed.version != Some(1),
+        ..Asked::default()
+    };
+    for header in parsed.headers.iter() {
+        let value = std::str::from_utf8(header.value).ok()?.trim();
+        match header.name.to_ascii_lowercase().as_str() {
+            "authorization" => asked.authorization = Some(value.to_owned()),
+            "range" => asked.range = Some(value.to_owned()),
+            "accept-encoding" => {
+                asked.takes_zstd = value.split(',').any(|word| {
+                    let (name, quality) = word.split_once(';').unwrap_or((word, ""));
+                    name.trim() == "zstd" && !matches!(quality.trim(), "q=0" | "q=0.0")
+                });
+            }
+            "content-length" => asked.body_bytes = value.parse().ok()?,
+            "transfer-encoding" => return None,
+            "connection" => {
+                asked.closes |= value.split(',').any(|word| word.trim().eq_ignore_ascii_case("close"));
+            }
+            _ => {}
+        }
+    }
+    Some(asked)
+}
+
+fn read_body(input: &mut dyn Read, buffer: &mut Vec<u8>, length: usize) -> io::Result<Vec<u8>> {
+    let here = buffer.len().min(length);
+    let mut body: Vec<u8> = buffer.drain(..here).collect();
+    let left = length - here;
+    if left > 0 {
+        input.take(left as u64).read_to_end(&mut body)?;
+        if body.len() < length {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges() {
+        for (text, expected) in [
+            (None, Ok(None)),
+            (Some("bytes=0-9"), Ok(Some((0, 10)))),
+            (Some("bytes=5-"), Ok(Some((5, 100)))),
+            (Some("bytes=90-200"), Ok(Some((90, 100)))),
+            (Some("bytes=-7"), Ok(Some((93, 100)))),
+            (Some("bytes=-700"), Ok(Some((0, 100)))),
+            (Some("bytes=100-"), Err(())),
+            (Some("bytes=9-5"), Ok(None)),
+            (Some("bytes=1-2,4-5"), Ok(None)),
+            (Some("lines=1-2"), Ok(None)),
+            (Some("bytes=x-"), Ok(None)),
+        ] {
+            assert_eq!(parse_range(text, 100), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn heads() {
+        let read = |text: &str| read_head(&mut text.as_bytes(), &mut Vec::new()).unwrap();
+        let Head::Asked(asked) =
+            read("GET /x?hash=1 HTTP/1.1\r\nAccept-Encoding: br, zstd;q=0.5\r\nRange: bytes=1-\r\n\r\n")
+        else {
+            panic!("it is a request")
+        };
+        assert_eq!(
+            (asked.path.as_str(), asked.query.as_str(), asked.takes_zstd, asked.closes),
+            ("/x", "hash=1", true, false)
+        );
+        assert!(matches!(read("GET /x HTTP/1.0\r\n\r\n"), Head::Asked(asked) if asked.closes));
+        assert!(matches!(read("nonsense\r\n\r\n"), Head::Bad(400)));
+        assert!(matches!(read("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"), Head::Bad(400)));
+        assert!(matches!(read("POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n"), Head::Bad(400)));
+        assert!(matches!(read(&format!("GET / HTTP/1.1\r\nX: {}", "y".repeat(HEAD_MAX))), Head::Bad(431)));
+        assert!(matches!(read(""), Head::End));
+        assert!(matches!(read("GET / HTTP/1.1\r\n"), Head::End));
+    }
+
+    #[test]
+    fn tokens() {
+        assert!(same(b"abc", b"abc") && !same(b"abc", b"abd") && !same(b"abc", b"ab"));
+    }
+}

@@ -1,0 +1,349 @@
+//! A web server that does as a test says: right, wrong, slow, or in the middle of a word no more.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests may panic")]
+#![allow(clippy::missing_panics_doc, reason = "tests may panic")]
+
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use larder_core::hash::Sha256Digest;
+use larder_core::nar::{Encoder, Event};
+use larder_core::narinfo::NarInfo;
+use larder_core::path_info::PathInfo;
+use larder_core::signature::SecretKey;
+use larder_core::store_dir::StoreDir;
+use larder_core::store_path::StorePath;
+
+use crate::compress::{Method, compress};
+
+/// What came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    pub method: String,
+    /// With the slash at its front.
+    pub path: String,
+    /// Names in lower case.
+    pub headers: BTreeMap<String, String>,
+    pub body: Vec<u8>,
+}
+
+/// What goes back.
+#[derive(Debug, Clone)]
+pub enum Answer {
+    /// A file; ranges are heeded.
+    File(Vec<u8>),
+    /// A whole answer.
+    Full { status: u16, headers: Vec<(String, String)>, body: Vec<u8> },
+    /// These bytes, and then the connection is closed.
+    Raw(Vec<u8>),
+    /// These bytes, and then nothing any more, until the server goes away.
+    Hang(Vec<u8>),
+    /// This, again and again, until the client has enough.
+    Endless { head: Vec<u8>, again: Vec<u8> },
+}
+
+impl Answer {
+    pub fn status(status: u16) -> Self {
+        Self::Full { status, headers: Vec::new(), body: b"some text for people".to_vec() }
+    }
+
+    pub fn redirect(to: &str) -> Self {
+        Self::Full { status: 302, headers: vec![("Location".into(), to.into())], body: Vec::new() }
+    }
+
+    /// A file whose answer is cut after so many bytes of its body.
+    pub fn cut(body: &[u8], after: usize, ranges: bool) -> Self {
+        let ranges = if ranges { "Accept-Ranges: bytes\r\n" } else { "" };
+        let mut raw = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n{ranges}\r\n", body.len()).into_bytes();
+        raw.extend_from_slice(&body[..after]);
+        Self::Raw(raw)
+    }
+}
+
+/// The server; gone when dropped.
+#[derive(Debug)]
+pub struct Server {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    accepts: Option<thread::JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    stopped: AtomicBool,
+    requests: Mutex<Vec<Request>>,
+    open: AtomicUsize,
+    most_open: AtomicUsize,
+    connections: AtomicUsize,
+}
+
+impl Server {
+    /// Answers each request as `answer` says, in a thread for each connection.
+    pub fn start(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        Self::slow(Duration::ZERO, answer)
+    }
+
+    /// The same, each answer after some time.
+    pub fn slow(delay: Duration, answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Arc::new(Shared::default());
+        let answer = Arc::new(answer);
+        let theirs = Arc::clone(&shared);
+        let accepts = thread::spawn(move || {
+            for stream in listener.incoming() {
+                if theirs.stopped.load(Ordering::SeqCst) {
+                    return;
+                }
+                let Ok(stream) = stream else { continue };
+                let (shared, answer) = (Arc::clone(&theirs), Arc::clone(&answer));
+                let now = shared.open.fetch_add(1, Ordering::SeqCst) + 1;
+                shared.most_open.fetch_max(now, Ordering::SeqCst);
+                shared.connections.fetch_add(1, Ordering::SeqCst);
+                thread::spawn(move || {
+                    serve(stream, &shared, delay, &*answer);
+                    shared.open.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+        });
+        Self { address, shared, accepts: Some(accepts) }
+    }
+
+    /// Serves the files of a folder, or what `other` says instead.
+    pub fn folder(
+        folder: &Path,
+        delay: Duration,
+        other: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static,
+    ) -> Self {
+        let folder: PathBuf = folder.to_owned();
+        Self::slow(delay, move |request| {
+            other(request).unwrap_or_else(|| {
+                let path = request.path.split('?').next().unwrap_or_default();
+                match std::fs::read(folder.join(path.trim_start_matches('/'))) {
+                    Ok(bytes) => Answer::File(bytes),
+                    Err(_) => Answer::status(404),
+                }
+            })
+        })
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// What was asked since the last call.
+    pub fn take_requests(&self) -> Vec<Request> {
+        std::mem::take(&mut *self.shared.requests.lock().unwrap())
+    }
+
+    /// The same, in short: `GET /x`.
+    pub fn take_lines(&self) -> Vec<String> {
+        self.take_requests().into_iter().map(|request| format!("{} {}", request.method, request.path)).collect()
+    }
+
+    /// The most connections that were open at once, and how many there were.
+    pub fn connections(&self) -> (usize, usize) {
+        (self.shared.most_open.load(Ordering::SeqCst), self.shared.connections.load(Ordering::SeqCst))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stopped.store(true, Ordering::SeqCst);
+        drop(TcpStream::connect(self.address));
+        if let Some(accepts) = self.accepts.take() {
+            drop(accepts.join());
+        }
+    }
+}
+
+fn serve(mut stream: TcpStream, shared: &Shared, delay: Duration, answer: &dyn Fn(&Request) -> Answer) {
+    let _ = stream.set_nodelay(true);
+    let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
+    let mut buffer = Vec::new();
+    while let Some(request) = read_request(&mut stream, &mut buffer, shared) {
+        shared.requests.lock().unwrap().push(request.clone());
+        if request.method == "CONNECT" {
+            // It is a proxy then, and whatever it is to connect to itself.
+            if stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").is_err() {
+                return;
+            }
+            continue;
+        }
+        let answer = answer(&request);
+        thread::sleep(delay);
+        if send(&mut stream, &request, answer, shared).is_none() {
+            return;
+        }
+    }
+}
+
+fn read_request(stream: &mut TcpStream, buffer: &mut Vec<u8>, shared: &Shared) -> Option<Request> {
+    loop {
+        let mut headers = [httparse::EMPTY_HEADER; 64];
+        let mut parsed = httparse::Request::new(&mut headers);
+        if let httparse::Status::Complete(head) = parsed.parse(buffer).ok()? {
+            let (method, path) = (parsed.method?.to_owned(), parsed.path?.to_owned());
+            let headers: BTreeMap<String, String> = parsed
+                .headers
+                .iter()
+                .map(|h| (h.name.to_ascii_lowercase(), String::from_utf8_lossy(h.value).into_owned()))
+                .collect();
+            let length: usize = headers.get("content-length").and_then(|text| text.parse().ok()).unwrap_or(0);
+            if buffer.len() >= head + length {
+                let body = buffer[head..head + length].to_vec();
+                buffer.drain(..head + length);
+                return Some(Request { method, path, headers, body });
+            }
+        }
+        let mut block = [0; 4096];
+        match stream.read(&mut block) {
+            Ok(0) => return None,
+            Ok(n) => buffer.extend_from_slice(&block[..n]),
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {
+                if shared.stopped.load(Ordering::SeqCst) {
+                    return None;
+                }
+            }
+            Err(_) => return None,
+        }
+    }
+}
+
+/// `None`: the connection is to end.
+fn send(stream: &mut TcpStream, request: &Request, answer: Answer, shared: &Shared) -> Option<()> {
+    let (status, mut headers, body) = match answer {
+        Answer::File(bytes) => {
+            let range = request
+                .headers
+                .get("range")
+                .and_then(|text| text.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+            let mut headers = vec![("Accept-Ranges".to_owned(), "bytes".to_owned())];
+            match range {
+                Some(at) if at < bytes.len() => {
+                    headers.push(("Content-Range".into(), format!("bytes {at}-{}/{}", bytes.len() - 1, bytes.len())));
+                    (206, headers, bytes[at..].to_vec())
+                }
+                _ => (200, headers, bytes),
+            }
+        }
+        Answer::Full { status, headers, body } => (status, headers, body),
+        Answer::Raw(bytes) => {
+            let _ = stream.write_all(&bytes);
+            return None;
+        }
+        Answer::Hang(bytes) => {
+            let _ = stream.write_all(&bytes);
+            let mut block = [0; 64];
+            while !shared.stopped.load(Ordering::SeqCst) {
+                match stream.read(&mut block) {
+                    Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                    _ => return None,
+                }
+            }
+            return None;
+        }
+        Answer::Endless { head, again } => {
+            let mut sent = stream.write_all(&head);
+            // A gigabyte is as good as without end.
+            for _ in 0..(1 << 30) / again.len().max(1) {
+                if sent.is_err() || shared.stopped.load(Ordering::SeqCst) {
+                    break;
+                }
+                sent = stream.write_all(&again);
+            }
+            return None;
+        }
+    };
+    headers.push(("Content-Length".into(), body.len().to_string()));
+    let mut head = format!("HTTP/1.1 {status} {}\r\n", if status < 400 { "OK" } else { "Not OK" });
+    for (name, value) in headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    head.push_str("\r\n");
+    let mut all = head.into_bytes();
+    if request.method != "HEAD" {
+        all.extend_from_slice(&body);
+    }
+    stream.write_all(&all).ok()
+}
+
+/// A folder that becomes a cache, with whatever a test wants in it.
+#[derive(Debug)]
+pub struct Shelf {
+    pub folder: PathBuf,
+    pub dir: StoreDir,
+    pub key: SecretKey,
+}
+
+impl Shelf {
+    /// An empty cache for a store directory. Its key is called `shelf-1`.
+    pub fn new(folder: &Path, dir: &StoreDir) -> Self {
+        std::fs::create_dir_all(folder.join("nar")).unwrap();
+        std::fs::write(folder.join("nix-cache-info"), format!("StoreDir: {dir}\n")).unwrap();
+        Self { folder: folder.to_owned(), dir: dir.clone(), key: SecretKey::from_seed("shelf-1", &[7; 32]).unwrap() }
+    }
+
+    pub fn uri(&self) -> String {
+        format!("file://{}", self.folder.display())
+    }
+
+    /// Puts a regular file with some contents there. `number` makes the hash part.
+    pub fn add(
+        &self,
+        number: usize,
+        name: &str,
+        contents: &[u8],
+        references: &[&StorePath],
+        method: Method,
+    ) -> NarInfo {
+        let path: StorePath = format!("{number:032}-{name}").parse().unwrap();
+        self.add_nar(path, &nar_of(contents), references, method)
+    }
+
+    /// Puts an archive there.
+    pub fn add_nar(&self, path: StorePath, nar: &[u8], references: &[&StorePath], method: Method) -> NarInfo {
+        let packed = compress(method, nar).unwrap();
+        let url = format!("nar/{}{}", path.hash_part(), method.extension());
+        std::fs::write(self.folder.join(&url), &packed).unwrap();
+        let mut info = PathInfo::new(path, Sha256Digest::of(nar), nar.len() as u64);
+        info.references = references.iter().map(|path| (*path).clone()).collect();
+        let info = NarInfo {
+            info,
+            url,
+            compression: method.name().to_owned(),
+            file_hash: Some(Sha256Digest::of(&packed).to_hash()),
+            file_size_bytes: Some(packed.len() as u64),
+        };
+        self.write(&info);
+        info
+    }
+
+    /// Writes what is said of an object, signed as it is.
+    pub fn write(&self, info: &NarInfo) {
+        let mut info = info.clone();
+        info.info.signatures = [self.key.sign_path(&self.dir, &info.info).unwrap()].into();
+        self.write_unsigned(&info);
+    }
+
+    /// The same with the signatures that are in it.
+    pub fn write_unsigned(&self, info: &NarInfo) {
+        let name = format!("{}.narinfo", info.info.path.hash_part());
+        std::fs::write(self.folder.join(name), info.to_text(&self.dir)).unwrap();
+    }
+}
+
+/// The archive of a regular file.
+pub fn nar_of(contents: &[u8]) -> Vec<u8> {
+    let (mut encoder, mut nar) = (Encoder::new(), Vec::new());
+    encoder.push(Event::File { executable: false, size_bytes: contents.len() as u64 }, &mut nar);
+    encoder.push(Event::Contents(contents), &mut nar);
+    encoder.push(Event::EndFile, &mut nar);
+    nar
+}
