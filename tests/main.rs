@@ -10,6 +10,7 @@
 mod collections;
 mod crash;
 mod daemon;
+mod daemon_builds;
 mod full_disk;
 mod garbage;
 mod garbage_cuts;
@@ -22,6 +23,7 @@ mod limits;
 mod people;
 mod process;
 mod realise;
+mod served;
 mod stress;
 mod tidy;
 mod vectors;

@@ -7,3 +7,5 @@ pub mod job;
 pub mod logs;
 pub mod missing;
 pub mod plan;
+pub mod results;
+pub mod sharing;

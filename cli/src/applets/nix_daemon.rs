@@ -69,9 +69,10 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         return Ok(Status::SUCCESS);
     }
     let (store, options, local) = open_for_daemon(cx, &settings)?;
-    let daemon = Daemon::new(store, settings, machine(&cx.env, true)?, options, Arc::clone(&cx.terminal));
+    let machine = machine(&cx.env, true)?;
+    let daemon = Daemon::new(store, settings, machine, options, Arc::clone(&cx.terminal), cx.interrupt.clone());
     if low.stdio {
-        daemon.serve_stdio(&cx.interrupt)?;
+        daemon.serve_stdio()?;
         return Ok(Status::SUCCESS);
     }
     let listener = match Listener::activated(&cx.env)? {
@@ -80,7 +81,7 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
     };
     // What was relative has been opened; no directory is kept busy.
     std::env::set_current_dir("/").map_err(|error| larder_fs::file_error::FileError::new("changing to", "/", error))?;
-    Arc::new(daemon).listen(listener, &cx.env, &cx.interrupt, &|| reload(cx, &common))?;
+    Arc::new(daemon).listen(listener, &cx.env, &|| reload(cx, &common))?;
     Ok(Status::SUCCESS)
 }
 

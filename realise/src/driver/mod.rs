@@ -7,6 +7,7 @@
 
 mod ask;
 mod lines;
+mod progress;
 mod report;
 #[cfg(test)]
 mod tests;
@@ -27,7 +28,8 @@ use larder_core::store_path::StorePath;
 use larder_store::LocalStore;
 
 pub use self::lines::Lines;
-pub use self::report::{RealiseError, Report};
+use self::progress::Activities;
+pub use self::report::{Ended, RealiseError, Report};
 use self::watch::Watcher;
 use crate::derivations::Derivations;
 use crate::job::{Failure, FailureKind, Job, Mode, Outcome, Watch};
@@ -108,6 +110,7 @@ impl<'a> Driver<'a> {
             read_only: self.read_only,
         };
         let mut plan = Plan::new(options);
+        let activities = Activities::begin(self.store.reporter());
         let cancel = AtomicBool::new(false);
         let threads = usize::try_from(options.max_jobs.max(1)).unwrap_or(usize::MAX);
         thread::scope(|scope| {
@@ -115,6 +118,7 @@ impl<'a> Driver<'a> {
             let (done, finished) = unbounded::<Event>();
             let mut run = Run {
                 driver: self,
+                activities: &activities,
                 cancel: &cancel,
                 jobs,
                 finished,
@@ -123,25 +127,26 @@ impl<'a> Driver<'a> {
                 threads: 0,
                 poll_at: None,
                 spawn: Box::new(|| {
-                    let (waiting, done, cancel) = (waiting.clone(), done.clone(), &cancel);
+                    let (waiting, done, cancel, activities) = (waiting.clone(), done.clone(), &cancel, &activities);
                     thread::Builder::new()
                         .name("build".to_owned())
-                        .spawn_scoped(scope, move || self.work(&waiting, &done, cancel))
+                        .spawn_scoped(scope, move || self.work(&waiting, &done, cancel, activities))
                         .is_ok()
                 }),
                 max_threads: threads,
             };
             run.drive(&mut plan, targets.to_vec());
         });
+        drop(activities);
         Report::new(&plan, self.store.dir())
     }
 
     /// What one thread does: a build after another.
-    fn work(&self, waiting: &Receiver<Job>, done: &Sender<Event>, cancel: &AtomicBool) {
+    fn work(&self, waiting: &Receiver<Job>, done: &Sender<Event>, cancel: &AtomicBool, activities: &Activities<'_>) {
         for job in waiting {
             let drv = job.drv_path.clone();
             // A builder's thread that dies must not leave the others waiting for it.
-            let built = std::panic::catch_unwind(AssertUnwindSafe(|| self.build(&job, cancel)));
+            let built = std::panic::catch_unwind(AssertUnwindSafe(|| self.build(&job, cancel, activities)));
             let built = built.unwrap_or_else(|_| {
                 let text = format!("the builder of '{}' broke down; this is a bug", self.store.dir().full(&drv));
                 Built::Failed(Failure { kind: FailureKind::Misc, text })
@@ -152,8 +157,9 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn build(&self, job: &Job, cancel: &AtomicBool) -> Built {
-        let watcher = Watcher::new(self.store, self.listener, job, cancel);
+    fn build(&self, job: &Job, cancel: &AtomicBool, activities: &Activities<'_>) -> Built {
+        let on_start = || activities.started();
+        let watcher = Watcher::new(self.store, self.listener, job, cancel, &on_start);
         let outcome = self.builder.build(job, &watcher);
         let names = |outputs: std::collections::BTreeMap<OutputName, StorePath>| outputs.into_keys().collect();
         let built = match outcome {
@@ -163,10 +169,13 @@ impl<'a> Driver<'a> {
             Outcome::NoBuildUser => Built::NoBuildUser,
             Outcome::Failed(failure) => Built::Failed(failure),
         };
-        watcher.end(match &built {
+        let how = match &built {
             Built::Failed(failure) => Err(failure),
             _ => Ok(()),
-        });
+        };
+        if watcher.end(how) {
+            activities.ended(how.is_ok());
+        }
         built
     }
 }
@@ -174,6 +183,7 @@ impl<'a> Driver<'a> {
 /// One run of a driver.
 struct Run<'a, 's> {
     driver: &'a Driver<'a>,
+    activities: &'a Activities<'a>,
     cancel: &'a AtomicBool,
     jobs: Sender<Job>,
     finished: Receiver<Event>,
@@ -220,6 +230,7 @@ impl Run<'_, '_> {
             match action {
                 Action::AskOutputs { drv, verify } => outputs.push((drv, verify)),
                 Action::AskInputs { drv } => {
+                    self.activities.expect();
                     let answer = driver.inputs(&drv);
                     events.push_back(Event::Inputs { drv, answer });
                 }
@@ -321,7 +332,8 @@ impl Driver<'_> {
     fn job(&self, drv_path: &StorePath, wanted: &crate::plan::Wanted, mode: Mode) -> Result<Job, Failure> {
         let drv = self.derivations.get(drv_path).map_err(|error| ask::store_failure(&error))?;
         self.derivations.forget(drv_path);
+        let wants_all = *wanted == crate::plan::Wanted::All;
         let wanted: BTreeSet<OutputName> = drv.outputs.keys().filter(|name| wanted.has(name)).cloned().collect();
-        Ok(Job { drv_path: drv_path.clone(), drv: Arc::unwrap_or_clone(drv), wanted, mode })
+        Ok(Job { drv_path: drv_path.clone(), drv: Arc::unwrap_or_clone(drv), wanted, wants_all, mode })
     }
 }

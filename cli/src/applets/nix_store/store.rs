@@ -5,10 +5,11 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use larder_core::content_address::Method;
 use larder_core::hash::Algorithm;
-use larder_core::report::{Level, Progress, Reporter};
+use larder_core::report::{Level, Progress, Reporter, Start};
 use larder_core::settings::Settings;
 use larder_core::store_path::{Name, NameError, StorePath};
 use larder_fs::layout::Access;
@@ -19,13 +20,14 @@ use larder_store::ingest::ContentAddressed;
 use larder_store::register::RegisterOptions;
 use larder_store::verify::VerifyOptions;
 use larder_store::{LocalStore, Options};
+use larder_wire::worker::tunnel::Line as _;
 
 use crate::applets::Context;
 use crate::args::nix_store::GcAction;
 use crate::args::shown;
 use crate::conf::{self, Facts, StoreChoice, choose};
 use crate::daemon::StoreOptions;
-use crate::daemon::socket::StdoutWriter;
+use crate::daemon::socket::{StdioLine, StdoutWriter};
 use crate::engine::Engine;
 use crate::exit::{Failure, Status};
 use crate::interrupt::Interrupt;
@@ -66,6 +68,13 @@ impl Reporter for Voice {
     }
     fn progress(&self, step: Progress<'_>) {
         self.terminal.progress(step);
+    }
+    fn start(&self, start: &Start<'_>) -> u64 {
+        // In the log for programs a build is told by who follows it.
+        if !start.text.is_empty() && !self.terminal.is_json() {
+            self.terminal.message(start.level, format_args!("{}...", start.text));
+        }
+        0
     }
     fn is_cancelled(&self) -> bool {
         self.interrupt.is_raised()
@@ -146,7 +155,14 @@ pub(in crate::applets) fn open_for_daemon(
 pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(), Failure> {
     let access = if write { Access::ReadWrite } else { Access::ReadOnly };
     let local = open(cx, &settings, access)?;
-    let mut session = RemoteSession { engine: Engine { local, settings } };
+    let voice = Arc::new(RemoteVoice {
+        voice: Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() },
+        line: StdioLine(cx.interrupt.clone()),
+        builds: AtomicBool::new(false),
+    });
+    let local = local.session(local.options().clone(), Arc::clone(&voice) as _);
+    let engine = Engine { local, settings, builds: Arc::default(), hides_logs: true, interrupt: cx.interrupt.clone() };
+    let mut session = RemoteSession { engine, voice };
     let mut input = io::BufReader::with_capacity(64 << 10, io::stdin());
     let mut output = io::BufWriter::with_capacity(64 << 10, StdoutWriter::new()?);
     Ok(larder_wire::serve::server::serve(&mut input, &mut output, &mut session, write)?)
@@ -155,6 +171,30 @@ pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(),
 /// The store of a remote command.
 struct RemoteSession {
     engine: Engine,
+    voice: Arc<RemoteVoice>,
+}
+
+/// Tells the terminal of the other machine, and asks whether the client is still there.
+struct RemoteVoice {
+    voice: Voice,
+    line: StdioLine,
+    /// Only builds end with the client: other commands may well be the last that it sends.
+    builds: AtomicBool,
+}
+
+impl Reporter for RemoteVoice {
+    fn shows(&self, level: Level) -> bool {
+        self.voice.shows(level)
+    }
+    fn message(&self, level: Level, text: std::fmt::Arguments<'_>) {
+        self.voice.message(level, text);
+    }
+    fn start(&self, start: &Start<'_>) -> u64 {
+        self.voice.start(start)
+    }
+    fn is_cancelled(&self) -> bool {
+        self.voice.is_cancelled() || (self.builds.load(Ordering::Relaxed) && self.line.has_hung_up())
+    }
 }
 
 impl larder_wire::serve::server::Session for RemoteSession {
@@ -169,8 +209,11 @@ impl larder_wire::serve::server::Session for RemoteSession {
         settings.timeout = seconds(options.build_timeout_s);
         settings.max_build_log_size = options.max_log_size_bytes;
         settings.keep_failed = options.keep_failed;
-        // The other side has looked for substitutes already.
+        // The other side has looked for substitutes already, and has the log.
         settings.substitute = false;
+        settings.keep_build_log = false;
+        self.voice.voice.terminal.set_verbosity(Level::Error);
+        self.voice.builds.store(true, Ordering::Relaxed);
     }
 }
 
