@@ -23,6 +23,7 @@ mod limits;
 mod people;
 mod process;
 mod realise;
+mod remote;
 mod served;
 mod stress;
 mod tidy;

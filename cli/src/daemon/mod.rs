@@ -5,6 +5,7 @@
 mod notify;
 pub mod overlay;
 pub mod peer;
+pub mod relay;
 pub mod socket;
 
 use std::collections::HashMap;

@@ -23,7 +23,7 @@ use larder_store::{LocalStore, Options};
 use larder_wire::worker::tunnel::Line as _;
 
 use crate::applets::Context;
-use crate::args::nix_store::GcAction;
+use crate::args::nix_store::{Command, GcAction, Query};
 use crate::args::shown;
 use crate::conf::{self, Facts, StoreChoice, choose};
 use crate::daemon::StoreOptions;
@@ -33,6 +33,7 @@ use crate::exit::{Failure, Status};
 use crate::interrupt::Interrupt;
 use crate::paths::{absolute, store_path, store_paths};
 use crate::printer::{Output, Printer};
+use crate::remote::Opened;
 use crate::terminal::Terminal;
 
 /// Why an operation on the store cannot be done.
@@ -54,9 +55,9 @@ pub(in crate::applets) enum StoreOpError {
 }
 
 /// Tells the terminal, and asks whether the user wants us to stop.
-struct Voice {
-    terminal: Arc<Terminal>,
-    interrupt: Interrupt,
+pub(in crate::applets) struct Voice {
+    pub(in crate::applets) terminal: Arc<Terminal>,
+    pub(in crate::applets) interrupt: Interrupt,
 }
 
 impl Reporter for Voice {
@@ -78,6 +79,27 @@ impl Reporter for Voice {
     }
     fn is_cancelled(&self) -> bool {
         self.interrupt.is_raised()
+    }
+}
+
+/// The store that is chosen, if another process keeps it.
+pub(super) fn elsewhere(cx: &Context, settings: &Settings, command: &Command) -> Result<Option<StoreChoice>, Failure> {
+    let changes = !matches!(
+        command,
+        Command::Query(Query { force_realise: false, .. })
+            | Command::ReadLog { .. }
+            | Command::Export { .. }
+            | Command::VerifyPath { .. }
+            | Command::CheckValidity { .. }
+            | Command::DumpDb { .. }
+            | Command::PrintEnv { .. }
+            | Command::QueryFailedPaths
+            | Command::Gc { action: GcAction::PrintRoots | GcAction::PrintLive | GcAction::PrintDead, .. }
+            | Command::Serve { write: false }
+    );
+    match choose(&settings.store, &cx.env, Facts::gather(&cx.env, changes)?)? {
+        StoreChoice::Local(_) => Ok(None),
+        choice => Ok(Some(choice)),
     }
 }
 
@@ -166,6 +188,31 @@ pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(),
     let mut input = io::BufReader::with_capacity(64 << 10, io::stdin());
     let mut output = io::BufWriter::with_capacity(64 << 10, StdoutWriter::new()?);
     Ok(larder_wire::serve::server::serve(&mut input, &mut output, &mut session, write)?)
+}
+
+/// `--serve` for a store that is a daemon's: what an ordinary user's login comes to.
+pub(super) fn serve_elsewhere(cx: &Context, opened: Opened, write: bool) -> Result<(), Failure> {
+    let mut input = io::BufReader::with_capacity(64 << 10, io::stdin());
+    let mut output = io::BufWriter::with_capacity(64 << 10, StdoutWriter::new()?);
+    let mut session = RelaySession { opened, terminal: Arc::clone(&cx.terminal) };
+    Ok(larder_wire::serve::server::serve(&mut input, &mut output, &mut session, write)?)
+}
+
+/// The daemon behind a remote command.
+struct RelaySession {
+    opened: Opened,
+    terminal: Arc<Terminal>,
+}
+
+impl larder_wire::serve::server::Session for RelaySession {
+    fn store(&self) -> &dyn larder_core::api::Store {
+        self.opened.store()
+    }
+
+    fn configure_builds(&mut self, options: &larder_wire::serve::ops::BuildOptions) {
+        self.terminal.set_verbosity(Level::Error);
+        self.opened.configure_builds(options);
+    }
 }
 
 /// The store of a remote command.
