@@ -5,129 +5,11 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use crate::house::{House, LARDER, Run, output, run};
-
-/// How long anything here may take, on a machine that is busy with other things.
-const PATIENCE: Duration = Duration::from_mins(1);
-
-/// A daemon in a house; killed if the test fails.
-struct Daemon {
-    child: Child,
-    socket: PathBuf,
-    log: PathBuf,
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let since = Instant::now();
-    while !done() {
-        assert!(since.elapsed() < PATIENCE, "{what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-impl Daemon {
-    fn start(house: &House, program: &str, conf: &str) -> Self {
-        let log = house.path().join("daemon.log");
-        // A store that is not there yet would be looked for behind the socket.
-        for dir in ["store", "var"] {
-            let _ = std::fs::create_dir(house.path().join(dir));
-        }
-        let mut command = house.command(program);
-        command.arg0("nix-daemon").env("NIX_REMOTE", "local");
-        command.env("NIX_CONFIG", format!("build-users-group =\nsubstituters =\n{conf}"));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(std::fs::File::create(&log).unwrap());
-        let child = command.spawn().expect("the daemon starts");
-        let socket = house.path().join("socket");
-        wait_for("the daemon listens", || UnixStream::connect(&socket).is_ok());
-        Self { child, socket, log }
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap()
-    }
-
-    fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.socket).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream
-    }
-
-    fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, signal).unwrap();
-    }
-
-    /// Does it still serve?
-    fn is_well(&self) {
-        let mut stream = self.connect();
-        greet(&mut stream);
-    }
-
-    /// Ends it, and gives its status.
-    fn stop(mut self) -> Option<i32> {
-        self.signal(rustix::process::Signal::TERM);
-        let mut status = None;
-        wait_for("the daemon ends", || {
-            status = self.child.try_wait().unwrap();
-            status.is_some()
-        });
-        status.unwrap().code()
-    }
-}
-
-fn words(words: &[u64]) -> Vec<u8> {
-    words.iter().flat_map(|w| w.to_le_bytes()).collect()
-}
-
-fn text(text: &str) -> Vec<u8> {
-    let mut out = words(&[text.len() as u64]);
-    out.extend_from_slice(text.as_bytes());
-    out.resize(out.len().next_multiple_of(8), 0);
-    out
-}
-
-/// A handshake at 1.34, read to its end.
-fn greet(stream: &mut UnixStream) {
-    stream.write_all(&words(&[0x6e69_7863, 0x122, 0, 0])).unwrap();
-    let mut answer = vec![0; 16 + 16 + 8];
-    stream.read_exact(&mut answer).unwrap();
-    assert_eq!(answer[32..], words(&[0x616c_7473]));
-}
-
-fn has(program: &str) -> bool {
-    let found = Command::new(program).arg("--version").output();
-    let found = found.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("(Nix) 2.8.0"));
-    if !found {
-        println!("skipped: there is no {program} 2.8.0 here");
-    }
-    found
-}
-
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        println!("skipped: only root may be somebody else");
-    }
-    root
-}
-
-/// A real client's command in a house, with the daemon as its store.
-fn client(house: &House, words: &[&str]) -> Command {
-    let mut command = house.command(words[0]);
-    command.args(&words[1..]).env("NIX_REMOTE", "daemon").env("NIX_USER_CONF_FILES", "/dev/null");
-    command.env("NIX_CONFIG", "experimental-features = nix-command\nsubstituters =\nbuild-users-group =");
-    command
-}
+use crate::served::{Daemon, Land, client, greet, has, is_root, text, twin, wait_for, words};
 
 /// What real clients do, one command a line. `$f` and `$d` are paths that the first lines add,
 /// `$drv` is a derivation, `$none` a path that is not valid.
@@ -186,7 +68,7 @@ nix path-info --all
 nix-collect-garbage
 ";
 
-fn scenario(house: &House) -> Vec<(String, Run)> {
+fn scenario(land: &Land, house: &House) -> Vec<(String, Run)> {
     house.write("f", "hello\n");
     std::fs::create_dir(house.work().join("d")).unwrap();
     house.write("d/x", "x\n");
@@ -210,7 +92,7 @@ fn scenario(house: &House) -> Vec<(String, Run)> {
             words = words.replace(name, value);
         }
         let words: Vec<&str> = words.split(' ').collect();
-        let found = run(&mut client(house, &words), b"");
+        let found = run(&mut land.client(house, &words), b"");
         let first = found.stdout.lines().next().unwrap_or_default().to_owned();
         match line {
             "nix-store --add f" => known.push(("$f".into(), first)),
@@ -233,24 +115,15 @@ fn scenario(house: &House) -> Vec<(String, Run)> {
     runs
 }
 
-/// Two houses at one place, one after the other, so that paths are the same.
-fn twin() -> (tempfile::TempDir, PathBuf) {
-    let dir = tempfile::Builder::new().prefix("larder-twin-").tempdir().unwrap();
-    let place = dir.path().join("house");
-    (dir, place)
-}
-
-#[test]
-fn real_clients_cannot_tell_the_difference() {
-    if !has("nix-daemon") {
-        return;
-    }
+/// The scenario with the daemon that the clients belong to, and with ours.
+fn cannot_tell_the_difference(land: &Land) {
     let (_dir, place) = twin();
     let mut results = Vec::new();
-    for program in ["nix-daemon", LARDER] {
+    for real in [true, false] {
         let house = House::at(&place);
-        let daemon = Daemon::start(&house, program, "experimental-features = nix-command");
-        results.push(scenario(&house));
+        let conf = "experimental-features = nix-command";
+        let daemon = if real { land.daemon(&house, conf) } else { Daemon::start(&house, LARDER, conf) };
+        results.push(scenario(land, &house));
         drop(daemon);
     }
     let ours = results.pop().unwrap();
@@ -264,6 +137,20 @@ fn real_clients_cannot_tell_the_difference() {
             real.stderr = real.stderr.replace("--query --roots", long);
         }
         assert_eq!(ours, real, "{line}");
+    }
+}
+
+#[test]
+fn real_clients_cannot_tell_the_difference() {
+    if let Some(land) = Land::here() {
+        cannot_tell_the_difference(&land);
+    }
+}
+
+#[test]
+fn clients_of_trixie_cannot_tell_the_difference() {
+    if let Some(land) = Land::trixie() {
+        cannot_tell_the_difference(&land);
     }
 }
 

@@ -10,6 +10,7 @@
 mod collections;
 mod crash;
 mod daemon;
+mod daemon_builds;
 mod full_disk;
 mod garbage;
 mod garbage_cuts;
@@ -24,6 +25,8 @@ mod people;
 mod process;
 mod realise;
 mod serving;
+mod remote;
+mod served;
 mod stress;
 mod substitute;
 mod tidy;

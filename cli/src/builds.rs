@@ -199,7 +199,7 @@ impl Listener for BuildView {
 }
 
 /// Tabs as blanks, up to the next column that 8 divides. Colours take no room.
-fn expand_tabs(text: &str) -> Cow<'_, str> {
+pub fn expand_tabs(text: &str) -> Cow<'_, str> {
     if !text.contains('\t') {
         return Cow::Borrowed(text);
     }

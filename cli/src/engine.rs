@@ -3,13 +3,16 @@
 //!
 //! What needs builders, substituters or the collector goes through here to where that is done.
 
+mod building;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, Read, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use larder_core::api::{
-    AddOptions, BuildMode, BuildResult, BuildStatus, Collect, Collected, DerivedPath, ErrorKind, Missing, NarSource,
-    NewContent, Outputs, ReadStore, RootLink, Store, StoreError, Substitutable,
+    AddOptions, BuildMode, BuildResult, Collect, Collected, DerivedPath, ErrorKind, Missing, NarSource, NewContent,
+    ReadStore, RootLink, Store, StoreError, Substitutable,
 };
 use larder_core::content_address::ContentAddress;
 use larder_core::derivation::{Derivation, OutputName};
@@ -22,25 +25,28 @@ use larder_core::signature::{PublicKey, Signature, count_valid};
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 use larder_gc::add_root;
+use larder_realise::logs::{self, Form};
+use larder_realise::sharing::SharedBuilds;
 use larder_store::LocalStore;
 use larder_store::collect::{CollectOptions, Freed};
 use larder_store::delete::DeleteOptions;
 use larder_store::error::StoreError as LocalError;
 use larder_store::verify::{Nobody, VerifyOptions};
 
+use crate::interrupt::Interrupt;
+
 /// A local store with settings.
 #[derive(Debug)]
 pub struct Engine {
     pub local: LocalStore,
     pub settings: Settings,
+    /// What other clients of this process build as well.
+    pub builds: Arc<SharedBuilds>,
+    /// The client does not show logs as they come, so that failures show the end of it.
+    pub hides_logs: bool,
+    /// Held while builders run: they are to end tidily.
+    pub interrupt: Interrupt,
 }
-
-/// What is not done yet.
-fn not_yet(what: &str) -> StoreError {
-    StoreError::unsupported(&format!("{what}: this version of Larder does not do that yet (see SHORTCOMINGS.md)"))
-}
-
-const CANNOT_BUILD: &str = "cannot build or substitute";
 
 impl Engine {
     /// Is there a signature by a key that the settings trust, or no need for one?
@@ -52,76 +58,6 @@ impl Engine {
         let keys: Vec<PublicKey> =
             self.settings.trusted_public_keys.iter().filter_map(|key| key.parse().ok()).collect();
         count_valid(self.local.dir(), info, &keys) > 0
-    }
-
-    /// The outputs that are asked for and not valid, of a derivation that is.
-    fn missing_outputs(&self, drv: &StorePath, wanted: &Outputs) -> Result<BTreeSet<OutputName>, StoreError> {
-        let outputs = ReadStore::derivation_outputs(&self.local, drv)?;
-        let mut missing = BTreeSet::new();
-        if let Outputs::Named(names) = wanted
-            && let Some(unknown) = names.iter().find(|name| !outputs.contains_key(*name))
-        {
-            let drv = self.local.dir().display(drv);
-            return Err(StoreError::new(
-                ErrorKind::Other,
-                format!("derivation '{drv}' does not have wanted outputs '{unknown}'"),
-            ));
-        }
-        for (name, path) in outputs {
-            let is_wanted = match wanted {
-                Outputs::All => true,
-                Outputs::Named(names) => names.contains(&name),
-            };
-            let is_there = match &path {
-                Some(path) => self.local.is_valid(path)?,
-                None => false,
-            };
-            if is_wanted && !is_there {
-                missing.insert(name);
-            }
-        }
-        Ok(missing)
-    }
-
-    /// The result for a target whose wanted outputs are all there; `None` if some are not.
-    fn already(&self, target: &DerivedPath) -> Result<Option<BuildResult>, StoreError> {
-        let mut result = BuildResult { status: BuildStatus::AlreadyValid, ..BuildResult::default() };
-        match target {
-            DerivedPath::Opaque(path) => {
-                self.local.add_temp_roots([path])?;
-                Ok(self.local.is_valid(path)?.then_some(result))
-            }
-            DerivedPath::Built { drv, outputs } => {
-                self.local.add_temp_roots([drv])?;
-                if !self.local.is_valid(drv)? {
-                    return Ok(None);
-                }
-                let paths = ReadStore::derivation_outputs(&self.local, drv)?;
-                self.local.add_temp_roots(paths.values().flatten())?;
-                if !self.missing_outputs(drv, outputs)?.is_empty() {
-                    return Ok(None);
-                }
-                let digest = self.local.output_ids(drv)?;
-                for (name, path) in paths {
-                    let is_wanted = match outputs {
-                        Outputs::All => true,
-                        Outputs::Named(names) => names.contains(&name),
-                    };
-                    if let (Some(out_path), true) = (path, is_wanted) {
-                        let id = DrvOutput::new(digest, name.as_str())
-                            .map_err(|error| StoreError::new(ErrorKind::Other, error))?;
-                        let realisation = Realisation {
-                            id: id.clone(),
-                            out_path,
-                            signatures: BTreeSet::new(),
-                            dependent_realisations: BTreeMap::new(),
-                        };
-                        result.built_outputs.insert(id, realisation);
-                    }
-                }
-                Ok(Some(result))
-            }
-        }
     }
 }
 
@@ -242,8 +178,9 @@ impl Store for Engine {
         Ok(self.local.add_realisation(realisation)?)
     }
 
-    fn add_build_log(&self, _drv: &StorePath, _source: &mut dyn Read) -> Result<(), StoreError> {
-        Err(not_yet("cannot keep build logs"))
+    fn add_build_log(&self, drv: &StorePath, source: &mut dyn Read) -> Result<(), StoreError> {
+        let form = if self.settings.compress_build_log { Form::Compressed } else { Form::Plain };
+        logs::keep(self.local.layout(), drv, form, source).map_err(|error| StoreError::new(ErrorKind::Other, error))
     }
 
     fn optimise(&self) -> Result<(), StoreError> {
@@ -262,28 +199,7 @@ impl Store for Engine {
     }
 
     fn missing(&self, targets: &[DerivedPath]) -> Result<Missing, StoreError> {
-        let mut missing = Missing::default();
-        let mut left = targets.to_vec();
-        let mut seen: BTreeSet<DerivedPath> = targets.iter().cloned().collect();
-        while let Some(target) = left.pop() {
-            if !self.local.is_valid(target.path())? {
-                missing.unknown.insert(target.path().clone());
-                continue;
-            }
-            let DerivedPath::Built { drv, outputs } = target else { continue };
-            if self.missing_outputs(&drv, &outputs)?.is_empty() {
-                continue;
-            }
-            let inputs = self.local.derivation(&drv)?;
-            missing.will_build.insert(drv);
-            let built = inputs
-                .input_drvs
-                .into_iter()
-                .map(|(drv, names)| DerivedPath::Built { drv, outputs: Outputs::Named(names) });
-            let plain = inputs.input_srcs.into_iter().map(DerivedPath::Opaque);
-            left.extend(built.chain(plain).filter(|target| seen.insert(target.clone())));
-        }
-        Ok(missing)
+        self.what_is_missing(targets)
     }
 
     fn substitutable(
@@ -294,34 +210,14 @@ impl Store for Engine {
     }
 
     fn build(&self, targets: &[DerivedPath], mode: BuildMode) -> Result<Vec<BuildResult>, StoreError> {
-        let each = |target: &DerivedPath| {
-            if mode == BuildMode::Normal
-                && let Some(result) = self.already(target)?
-            {
-                return Ok(result);
-            }
-            let status = match target {
-                DerivedPath::Opaque(_) => BuildStatus::NoSubstituters,
-                DerivedPath::Built { .. } => BuildStatus::MiscFailure,
-            };
-            // Where there is nobody to fetch from there is nothing left undone.
-            let nobody = self.settings.substituters.is_empty() || !self.settings.substitute;
-            let error = match target {
-                DerivedPath::Opaque(_) if nobody => String::new(),
-                _ => not_yet(CANNOT_BUILD).to_string(),
-            };
-            Ok(BuildResult { status, error, ..BuildResult::default() })
-        };
-        targets.iter().map(each).collect()
+        self.build_each(targets, mode)
     }
 
-    fn build_derivation(
-        &self,
-        _path: &StorePath,
-        _drv: &Derivation,
-        _mode: BuildMode,
-    ) -> Result<BuildResult, StoreError> {
-        let error = not_yet(CANNOT_BUILD).to_string();
-        Ok(BuildResult { status: BuildStatus::MiscFailure, error, ..BuildResult::default() })
+    fn realise(&self, targets: &[DerivedPath], mode: BuildMode) -> Result<(), StoreError> {
+        self.realise_all(targets, mode)
+    }
+
+    fn build_derivation(&self, path: &StorePath, drv: &Derivation, mode: BuildMode) -> Result<BuildResult, StoreError> {
+        self.build_given(path, drv, mode)
     }
 }

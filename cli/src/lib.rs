@@ -20,6 +20,7 @@ pub mod pager;
 pub mod paths;
 pub mod printer;
 pub mod realising;
+pub mod remote;
 pub mod terminal;
 
 use std::ffi::OsString;

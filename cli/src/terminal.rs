@@ -100,7 +100,7 @@ impl Terminal {
         self.colour
     }
 
-    fn is_json(&self) -> bool {
+    pub fn is_json(&self) -> bool {
         self.json.load(Ordering::Relaxed)
     }
 

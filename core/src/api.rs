@@ -359,6 +359,11 @@ pub trait ReadStore {
         Ok(self.info(path)?.is_some())
     }
 
+    /// The records of many paths, in their order.
+    fn infos(&self, paths: &[StorePath]) -> Result<Vec<Option<PathInfo>>, StoreError> {
+        paths.iter().map(|path| self.info(path)).collect()
+    }
+
     /// The valid ones among some paths.
     fn valid_subset(&self, paths: &BTreeSet<StorePath>) -> Result<BTreeSet<StorePath>, StoreError> {
         let mut valid = BTreeSet::new();
@@ -460,6 +465,10 @@ pub trait Store: ReadStore {
 
     /// Builds or fetches; a result for each target, in order, whether it succeeded or not.
     fn build(&self, targets: &[DerivedPath], mode: BuildMode) -> Result<Vec<BuildResult>, StoreError>;
+
+    /// Builds or fetches all targets. What failed is told to the user as it fails; the error sums
+    /// it up, and has the exit status that it means.
+    fn realise(&self, targets: &[DerivedPath], mode: BuildMode) -> Result<(), StoreError>;
 
     /// Builds a derivation that need not lie in the store, and whose inputs are all valid.
     fn build_derivation(&self, path: &StorePath, drv: &Derivation, mode: BuildMode) -> Result<BuildResult, StoreError>;

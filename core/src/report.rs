@@ -15,6 +15,22 @@ pub enum Level {
     Vomit,
 }
 
+impl Level {
+    /// The level of a number from 0 to 7; what is higher is the highest.
+    pub const fn of_number(number: u64) -> Self {
+        match number {
+            0 => Self::Error,
+            1 => Self::Warn,
+            2 => Self::Notice,
+            3 => Self::Info,
+            4 => Self::Talkative,
+            5 => Self::Chatty,
+            6 => Self::Debug,
+            _ => Self::Vomit,
+        }
+    }
+}
+
 /// Takes what the user should hear while work goes on.
 pub trait Reporter: Sync {
     /// Is a message of this level shown at all? Ask before making an expensive one.

@@ -53,18 +53,25 @@ pub fn add_permanent(
     path: &StorePath,
     link: &Path,
 ) -> Result<PathBuf, AddRootError> {
+    temp_roots.add(path)?;
+    let link = make_link(layout, path, link)?;
+    add_indirect(layout, &link)?;
+    temp_roots.add(path)?;
+    Ok(link)
+}
+
+/// Makes the link of [`add_permanent`] alone: whoever does so makes the path a temporary root
+/// first, and the link known after.
+pub fn make_link(layout: &Layout, path: &StorePath, link: &Path) -> Result<PathBuf, AddRootError> {
     let link = clean(link)?;
     if layout.store_dir.below(link.as_os_str().as_bytes()).is_some() || link.starts_with(&layout.real_store) {
         return Err(AddRootError::InStore { link });
     }
-    temp_roots.add(path)?;
     if let Some(dir) = link.parent() {
         make_dirs(dir)?;
     }
     let target = layout.store_dir.full(path);
     put(&link, &|name| rustix::fs::symlink(&target, name), Some(layout))?;
-    add_indirect(layout, &link)?;
-    temp_roots.add(path)?;
     Ok(link)
 }
 

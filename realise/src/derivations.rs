@@ -14,14 +14,31 @@ use larder_store::{LocalStore, StoreError};
 pub struct Derivations<'a> {
     store: &'a LocalStore,
     read: Mutex<HashMap<StorePath, Arc<Derivation>>>,
+    /// One that need not lie in the store.
+    given: Option<(StorePath, Arc<Derivation>)>,
 }
 
 impl<'a> Derivations<'a> {
     pub fn new(store: &'a LocalStore) -> Self {
-        Self { store, read: Mutex::default() }
+        Self { store, read: Mutex::default(), given: None }
+    }
+
+    /// With one that need not lie in the store, and has no input derivations.
+    #[must_use]
+    pub fn with(mut self, path: StorePath, drv: Derivation) -> Self {
+        self.given = Some((path, Arc::new(drv)));
+        self
+    }
+
+    /// The derivation of this path, if it was given rather than read.
+    pub fn given(&self, path: &StorePath) -> Option<&Arc<Derivation>> {
+        self.given.as_ref().filter(|(given, _)| given == path).map(|(_, drv)| drv)
     }
 
     pub fn get(&self, path: &StorePath) -> Result<Arc<Derivation>, StoreError> {
+        if let Some(drv) = self.given(path) {
+            return Ok(Arc::clone(drv));
+        }
         if let Some(drv) = self.read.lock().unwrap_or_else(PoisonError::into_inner).get(path) {
             return Ok(Arc::clone(drv));
         }

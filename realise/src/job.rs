@@ -27,6 +27,8 @@ pub struct Job {
     pub drv: Derivation,
     /// The outputs that someone wants; never empty.
     pub wanted: BTreeSet<OutputName>,
+    /// Were they asked for as all there are, rather than by their names?
+    pub wants_all: bool,
     pub mode: Mode,
 }
 

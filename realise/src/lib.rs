@@ -8,3 +8,5 @@ pub mod logs;
 pub mod missing;
 pub mod plan;
 pub mod substitute;
+pub mod results;
+pub mod sharing;

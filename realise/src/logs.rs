@@ -127,6 +127,57 @@ impl LogWriter {
     }
 }
 
+/// Keeps the log of a build that was done elsewhere, whole or not at all. A log that is there
+/// already stays.
+///
+/// Errors: the source fails, or the log directory cannot be written to.
+pub fn keep(layout: &Layout, drv: &StorePath, form: Form, source: &mut dyn Read) -> Result<(), FileError> {
+    let plain = log_path(layout, drv);
+    let path = match form {
+        Form::Plain => plain,
+        Form::Compressed => with_suffix(&plain),
+    };
+    if open(layout, drv)?.is_some() {
+        return io::copy(source, &mut io::sink()).map(drop).at("reading the log for", &path);
+    }
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    make_dirs(dir)?;
+    let name = format!(".{}.{}-", drv.hash_part(), std::process::id());
+    let (temporary, file) = unused(dir, &name)?;
+    let mut kept = || {
+        match form {
+            Form::Plain => {
+                let mut file = &file;
+                io::copy(source, &mut file)?;
+            }
+            Form::Compressed => {
+                let mut encoder = BzEncoder::new(&file, Compression::best());
+                io::copy(source, &mut encoder)?;
+                encoder.finish()?;
+            }
+        }
+        std::fs::rename(&temporary, &path)
+    };
+    let kept = kept();
+    if kept.is_err() {
+        // It is the first error that counts.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    kept.at("writing to log file", &path)
+}
+
+/// A file with a name that begins so, and that nobody has.
+fn unused(dir: &Path, prefix: &str) -> Result<(PathBuf, File), FileError> {
+    for number in 0u64.. {
+        let path = dir.join(format!("{prefix}{number}"));
+        match File::options().write(true).create_new(true).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => return made.at("creating log file", &path).map(|file| (path.clone(), file)),
+        }
+    }
+    unreachable!("there are more numbers than files in any directory")
+}
+
 /// A log that was found.
 pub struct LogReader {
     pub path: PathBuf,

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 
 use larder_core::api::{ReadStore, RootLink, StoreError as ApiError};
-use larder_core::derivation::OutputName;
 use larder_core::derivation::aterm::Mask;
+use larder_core::derivation::{Derivation, OutputName};
 use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
 use larder_core::realisation::{DrvOutput, Realisation};
@@ -88,9 +88,13 @@ impl ReadStore for LocalStore {
 impl LocalStore {
     /// What the ids of a derivation's outputs begin with.
     pub fn output_ids(&self, path: &StorePath) -> Result<larder_core::hash::Sha256Digest, StoreError> {
-        let drv = self.derivation(path)?;
+        self.output_ids_of(&self.derivation(path)?)
+    }
+
+    /// The same for a derivation that need not lie in the store.
+    pub fn output_ids_of(&self, drv: &Derivation) -> Result<larder_core::hash::Sha256Digest, StoreError> {
         let mut memo = self.derivations.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let modulo = memo.modulo(self.dir(), &drv, Mask::On, |input| self.derivation(input).map_err(Box::new));
+        let modulo = memo.modulo(self.dir(), drv, Mask::On, |input| self.derivation(input).map_err(Box::new));
         Ok(modulo.map_err(Box::new)?.digest)
     }
 

@@ -254,6 +254,12 @@ impl Store for MemoryStore {
         };
         Ok(targets.iter().map(each).collect())
     }
+    fn realise(&self, targets: &[DerivedPath], mode: BuildMode) -> Result<(), StoreError> {
+        match self.build(targets, mode)?.into_iter().find(|result| !result.status.is_success()) {
+            None => Ok(()),
+            Some(result) => Err(StoreError::new(ErrorKind::BuildFailed { status: 100 }, result.error)),
+        }
+    }
     fn build_derivation(
         &self,
         _path: &StorePath,

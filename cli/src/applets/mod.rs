@@ -14,15 +14,18 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::sync::Arc;
 
-use larder_core::report::{Level, Reporter as _};
+use larder_core::report::{ActivityResult, Level, Reporter, Start};
 use larder_core::settings::{Configured, Settings};
 
-use crate::args::Override;
-use crate::conf::{Env, load, machine};
+use self::nix_store::store::{StoreOpError, Voice};
+use crate::args::{Common, Override};
+use crate::builds::{expand_tabs, shows_logs};
+use crate::conf::{Env, StoreChoice, load, machine};
 use crate::exit::{Failure, Status, chain};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::printer::{Output, PrintError, Printer};
-use crate::terminal::Terminal;
+use crate::remote::Opened;
+use crate::terminal::{Terminal, filter_log};
 
 /// The version of Nix whose behaviour is followed where versions differ.
 pub const NIX_VERSION: &str = "2.26.3";
@@ -69,6 +72,50 @@ impl Context {
             self.terminal.message(Level::Warn, format_args!("{}", chain(&warning)));
         }
         Ok(settings)
+    }
+}
+
+impl Context {
+    /// Opens a store that another process keeps.
+    fn connect(&self, settings: &Settings, common: &Common, choice: StoreChoice) -> Result<Opened, Failure> {
+        let configured = load(&self.env, &common.overrides, machine(&self.env, false)?)?;
+        let voice = Voice { terminal: Arc::clone(&self.terminal), interrupt: self.interrupt.clone() };
+        let shows_logs = shows_logs(&self.terminal, common.log_format, common.no_build_output);
+        let reporter = Arc::new(FarVoice { voice, shows_logs });
+        let uri = settings.store.clone();
+        let opened = Opened::open(choice, &self.env, &configured, common.verbosity(), shows_logs, reporter)?;
+        Ok(opened.ok_or(StoreOpError::NotLocal { uri })?)
+    }
+}
+
+/// Tells what a server says.
+struct FarVoice {
+    voice: Voice,
+    /// Is the output of builders shown as it comes?
+    shows_logs: bool,
+}
+
+impl Reporter for FarVoice {
+    fn shows(&self, level: Level) -> bool {
+        self.voice.shows(level)
+    }
+    fn message(&self, level: Level, text: std::fmt::Arguments<'_>) {
+        self.voice.message(level, text);
+    }
+    fn start(&self, start: &Start<'_>) -> u64 {
+        self.voice.start(start)
+    }
+    fn result(&self, _activity: u64, result: ActivityResult<'_>) {
+        if let ActivityResult::BuildLogLine(line) | ActivityResult::PostBuildLogLine(line) = result
+            && self.shows_logs
+        {
+            let text = String::from_utf8_lossy(line);
+            let shown = filter_log(&text, self.voice.terminal.has_colour());
+            self.voice.terminal.message(Level::Notice, format_args!("{}", expand_tabs(&shown)));
+        }
+    }
+    fn is_cancelled(&self) -> bool {
+        self.voice.is_cancelled()
     }
 }
 

@@ -11,8 +11,9 @@ use larder_core::settings::Settings;
 use super::nix_store::store::open_for_daemon;
 use super::{Context, print, version};
 use crate::args::{Common, Grammar, UsageError, Words, scan, shown};
-use crate::conf::machine;
+use crate::conf::{Facts, StoreChoice, choose, machine};
 use crate::daemon::Daemon;
+use crate::daemon::relay::relay;
 use crate::daemon::socket::Listener;
 use crate::exit::{Failure, Status, chain};
 
@@ -32,6 +33,14 @@ SIGHUP makes it read its settings again.
 
 For all: -v, --quiet, --store URI, --option NAME VALUE, --SETTING VALUE
 ";
+
+/// The daemon that this one stands before cannot be spoken to.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot connect to daemon at '{socket}'")]
+struct RelayError {
+    socket: String,
+    source: std::io::Error,
+}
 
 #[derive(Debug, Default)]
 struct LowArgs {
@@ -68,10 +77,18 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         print(&version(cx.name))?;
         return Ok(Status::SUCCESS);
     }
+    if low.stdio
+        && let StoreChoice::Daemon { socket } = choose(&settings.store, &cx.env, Facts::gather(&cx.env, true)?)?
+    {
+        let name = || socket.display().to_string();
+        relay(&socket).map_err(|source| RelayError { socket: name(), source })?;
+        return Ok(Status::SUCCESS);
+    }
     let (store, options, local) = open_for_daemon(cx, &settings)?;
-    let daemon = Daemon::new(store, settings, machine(&cx.env, true)?, options, Arc::clone(&cx.terminal));
+    let machine = machine(&cx.env, true)?;
+    let daemon = Daemon::new(store, settings, machine, options, Arc::clone(&cx.terminal), cx.interrupt.clone());
     if low.stdio {
-        daemon.serve_stdio(&cx.interrupt)?;
+        daemon.serve_stdio()?;
         return Ok(Status::SUCCESS);
     }
     let listener = match Listener::activated(&cx.env)? {
@@ -80,7 +97,7 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
     };
     // What was relative has been opened; no directory is kept busy.
     std::env::set_current_dir("/").map_err(|error| larder_fs::file_error::FileError::new("changing to", "/", error))?;
-    Arc::new(daemon).listen(listener, &cx.env, &cx.interrupt, &|| reload(cx, &common))?;
+    Arc::new(daemon).listen(listener, &cx.env, &|| reload(cx, &common))?;
     Ok(Status::SUCCESS)
 }
 

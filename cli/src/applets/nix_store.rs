@@ -6,6 +6,7 @@
 mod keys;
 pub(super) mod query;
 pub(super) mod realise;
+mod remote;
 pub(super) mod store;
 
 use std::ffi::OsString;
@@ -24,7 +25,7 @@ use larder_fs::layout::Access;
 use super::nar::{dump_options, dump_to, restore_from, restore_options};
 use super::{Context, print, version};
 use crate::args::nix_store::{Command, LowArgs};
-use crate::args::shown;
+use crate::args::{Common, shown};
 use crate::conf::{Facts, LocalStore, StoreChoice, choose, store_dir};
 use crate::exit::{Failure, Status};
 
@@ -98,7 +99,13 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
     if low.wants_stdin() && !io::stdin().is_terminal() {
         low.arguments.extend(words_of_stdin(io::stdin().lock())?);
     }
-    match low.command()? {
+    let command = low.command()?;
+    if needs_store(&command)
+        && let Some(choice) = store::elsewhere(cx, &settings, &command)?
+    {
+        return far(cx, &settings, &common, choice, &command);
+    }
+    match command {
         Command::Version if common.verbosity() > Level::Info => print(&long_version(cx, &settings)?)?,
         Command::Version => print(&version(cx.name))?,
         Command::PrintFixedPath { method, algorithm, hash, name } => {
@@ -141,6 +148,42 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Serve { write } => store::serve(cx, settings, write)?,
     }
     Ok(Status::SUCCESS)
+}
+
+/// Is it about a store at all?
+const fn needs_store(command: &Command) -> bool {
+    !matches!(
+        command,
+        Command::Version
+            | Command::PrintFixedPath { .. }
+            | Command::GenerateBinaryCacheKey { .. }
+            | Command::Dump { .. }
+            | Command::Restore { .. }
+    )
+}
+
+/// Does it in a store that another process keeps.
+fn far(
+    cx: &Context,
+    settings: &Settings,
+    common: &Common,
+    choice: StoreChoice,
+    command: &Command,
+) -> Result<Status, Failure> {
+    let opened = cx.connect(settings, common, choice)?;
+    if let Command::Serve { write } = command {
+        store::serve_elsewhere(cx, opened, *write)?;
+        return Ok(Status::SUCCESS);
+    }
+    let far = remote::Far {
+        cx,
+        settings,
+        common,
+        store: opened.store(),
+        uri: opened.uri.clone(),
+        files: opened.files.clone(),
+    };
+    far.run(command)
 }
 
 /// Words between white space.

@@ -5,6 +5,7 @@
 mod notify;
 pub mod overlay;
 pub mod peer;
+pub mod relay;
 pub mod socket;
 
 use std::collections::HashMap;
@@ -18,6 +19,7 @@ use larder_core::api::{Store, StoreError};
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::{Machine, Settings};
 use larder_core::store_dir::StoreDir;
+use larder_realise::sharing::SharedBuilds;
 use larder_store::{LocalStore, Options};
 use larder_wire::Budget;
 use larder_wire::worker::ops::SetOptions;
@@ -61,6 +63,8 @@ pub struct Daemon {
     pub options: StoreOptions,
     pub terminal: Arc<Terminal>,
     pub budget: Arc<Budget>,
+    pub interrupt: Interrupt,
+    builds: Arc<SharedBuilds>,
     connections: Mutex<Connections>,
     changed: Condvar,
 }
@@ -96,6 +100,7 @@ impl Daemon {
         machine: Machine,
         options: StoreOptions,
         terminal: Arc<Terminal>,
+        interrupt: Interrupt,
     ) -> Self {
         Self {
             store,
@@ -104,6 +109,8 @@ impl Daemon {
             options,
             terminal,
             budget: Budget::new(BUDGET),
+            interrupt,
+            builds: Arc::default(),
             connections: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -126,7 +133,6 @@ impl Daemon {
         self: &Arc<Self>,
         listener: Listener,
         env: &Env,
-        interrupt: &Interrupt,
         reload: &dyn Fn() -> Option<Settings>,
     ) -> Result<(), DaemonError> {
         let (wake, waker) = UnixStream::pair().map_err(DaemonError::Signals)?;
@@ -135,6 +141,7 @@ impl Daemon {
             let waker = waker.try_clone().map_err(DaemonError::Signals)?;
             signal_hook::low_level::pipe::register(signal, waker).map_err(DaemonError::Signals)?;
         }
+        let interrupt = &self.interrupt;
         interrupt.count_hangups();
         let _hold = interrupt.hold();
         notify(env, "READY=1");
@@ -192,6 +199,7 @@ impl Daemon {
             shared.cancel();
         }
         self.wait_until_empty(LAST_GRACE);
+        self.builds.wait_until_idle(LAST_GRACE);
     }
 
     fn wait_until_empty(&self, at_most: Duration) {
@@ -249,15 +257,16 @@ impl Daemon {
     }
 
     /// Serves one client on standard input and output.
-    pub fn serve_stdio(&self, interrupt: &Interrupt) -> Result<(), DaemonError> {
+    pub fn serve_stdio(&self) -> Result<(), DaemonError> {
         let options = server::Options::new(NIX_VERSION, true, Arc::clone(&self.budget));
         let mut input = BufReader::with_capacity(READ_BUFFER, io::stdin());
         let output = Box::new(StdoutWriter::new().map_err(DaemonError::Stdout)?);
-        let line = Box::new(StdioLine(interrupt.clone()));
+        let line = Box::new(StdioLine(self.interrupt.clone()));
         if let Err(error) = server::serve(&mut input, output, line, self, &options) {
             let text = larder_core::report::chain(&error);
             self.log(Level::Talkative, format_args!("connection ended: {text}"));
         }
+        self.builds.wait_until_idle(LAST_GRACE);
         Ok(())
     }
 }
@@ -306,7 +315,13 @@ impl Host for Daemon {
     fn open(&self, tunnel: Arc<Tunnel>, _trusted: bool) -> Result<Box<dyn Session + '_>, StoreError> {
         let base = self.settings();
         let local = self.store.session((self.options)(&base), Arc::clone(&tunnel) as _);
-        let engine = Engine { local, settings: Settings::clone(&base) };
+        let engine = Engine {
+            local,
+            settings: Settings::clone(&base),
+            builds: Arc::clone(&self.builds),
+            hides_logs: !tunnel.shows_logs(),
+            interrupt: self.interrupt.clone(),
+        };
         Ok(Box::new(ClientSession { engine, daemon: self, base, tunnel }))
     }
 }
@@ -326,5 +341,6 @@ impl Session for ClientSession<'_> {
         }
         self.engine.local.set_options((self.daemon.options)(&found.settings));
         self.engine.settings = found.settings;
+        self.engine.hides_logs = !self.tunnel.shows_logs();
     }
 }

@@ -308,7 +308,7 @@ impl Log {
 /// The derivation with its wanted outputs, as messages about limits name it.
 fn goal(build: &Build<'_>) -> String {
     let job = build.job;
-    let outputs = if job.wanted.len() == job.drv.outputs.len() {
+    let outputs = if job.wants_all {
         "*".to_owned()
     } else {
         job.wanted.iter().map(OutputName::as_str).collect::<Vec<_>>().join(",")

@@ -78,6 +78,8 @@ impl Driver<'_> {
         for (drv, ledger) in drvs.zip(found.drain(..)) {
             paths.push(match ledger {
                 Err(failure) => Err(failure),
+                // What was given says itself what it makes, whatever has its path in the store.
+                Ok(_) if self.derivations.given(drv).is_some() => self.paths_of(drv, BTreeMap::new()).map(Some),
                 Ok(None) => Ok(None),
                 Ok(Some(ledger)) => self.paths_of(drv, ledger).map(Some),
             });
@@ -196,6 +198,9 @@ impl Driver<'_> {
             return Ok(Vec::new());
         }
         let mut makers = BTreeMap::new();
+        if self.derivations.given(path).is_some() {
+            return Ok(bad.into_iter().map(|path| (path, None)).collect());
+        }
         for input in store.closure([path]).map_err(fail)?.into_iter().filter(StorePath::is_derivation) {
             for output in store.derivation_outputs(&input).map_err(fail)?.into_values() {
                 makers.entry(output).or_insert_with(|| input.clone());

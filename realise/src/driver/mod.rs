@@ -9,6 +9,7 @@
 mod ask;
 mod lines;
 mod pool;
+mod progress;
 mod report;
 #[cfg(test)]
 mod tests;
@@ -29,7 +30,8 @@ use larder_store::LocalStore;
 
 pub use self::lines::Lines;
 use self::pool::Pool;
-pub use self::report::{RealiseError, Report};
+use self::progress::Activities;
+pub use self::report::{Ended, RealiseError, Report};
 use self::watch::Watcher;
 use crate::derivations::Derivations;
 use crate::job::{Failure, FailureKind, Job, Mode, Outcome, Watch};
@@ -123,13 +125,15 @@ impl<'a> Driver<'a> {
             read_only: self.read_only,
         };
         let mut plan = Plan::new(options);
+        let activities = Activities::begin(self.store.reporter());
         let cancel = AtomicBool::new(false);
         let questions = self.substituters.map_or(1, Substituters::parallel_questions);
         thread::scope(|scope| {
             let (done, finished) = unbounded::<Event>();
-            let cancel = &cancel;
+            let (cancel, activities) = (&cancel, &activities);
             let mut run = Run {
                 driver: self,
+                activities,
                 cancel,
                 builds: Pool::new(
                     scope,
@@ -140,7 +144,7 @@ impl<'a> Driver<'a> {
                     |drv| Event::Built { built: Built::Failed(self.broke_down("builder of", &drv)), drv },
                     move |job: Job, done| {
                         let drv = job.drv_path.clone();
-                        let built = self.build(&job, cancel);
+                        let built = self.build(&job, cancel, activities);
                         drop(done.send(Event::Built { drv, built }));
                     },
                 ),
@@ -179,6 +183,7 @@ impl<'a> Driver<'a> {
             };
             run.drive(&mut plan, targets.to_vec());
         });
+        drop(activities);
         Report::new(&plan, self.store.dir())
     }
 
@@ -198,8 +203,9 @@ impl<'a> Driver<'a> {
         from.fetch(path, *replace, &ended, &|text| self.listener.failed(text));
     }
 
-    fn build(&self, job: &Job, cancel: &AtomicBool) -> Built {
-        let watcher = Watcher::new(self.store, self.listener, job, cancel);
+    fn build(&self, job: &Job, cancel: &AtomicBool, activities: &Activities<'_>) -> Built {
+        let on_start = || activities.started();
+        let watcher = Watcher::new(self.store, self.listener, job, cancel, &on_start);
         let outcome = self.builder.build(job, &watcher);
         let names = |outputs: std::collections::BTreeMap<OutputName, StorePath>| outputs.into_keys().collect();
         let built = match outcome {
@@ -209,10 +215,13 @@ impl<'a> Driver<'a> {
             Outcome::NoBuildUser => Built::NoBuildUser,
             Outcome::Failed(failure) => Built::Failed(failure),
         };
-        watcher.end(match &built {
+        let how = match &built {
             Built::Failed(failure) => Err(failure),
             _ => Ok(()),
-        });
+        };
+        if watcher.end(how) {
+            activities.ended(how.is_ok());
+        }
         built
     }
 }
@@ -232,6 +241,7 @@ struct Question {
 /// One run of a driver.
 struct Run<'a, 's> {
     driver: &'a Driver<'a>,
+    activities: &'a Activities<'a>,
     cancel: &'a AtomicBool,
     builds: Pool<'s, Job>,
     fetches: Pool<'s, Fetch>,
@@ -273,6 +283,7 @@ impl Run<'_, '_> {
             match action {
                 Action::AskOutputs { drv, verify } => outputs.push((drv, verify)),
                 Action::AskInputs { drv } => {
+                    self.activities.expect();
                     let answer = driver.inputs(&drv);
                     events.push_back(Event::Inputs { drv, answer });
                 }
@@ -378,7 +389,8 @@ impl Driver<'_> {
     fn job(&self, drv_path: &StorePath, wanted: &crate::plan::Wanted, mode: Mode) -> Result<Job, Failure> {
         let drv = self.derivations.get(drv_path).map_err(|error| ask::store_failure(&error))?;
         self.derivations.forget(drv_path);
+        let wants_all = *wanted == crate::plan::Wanted::All;
         let wanted: BTreeSet<OutputName> = drv.outputs.keys().filter(|name| wanted.has(name)).cloned().collect();
-        Ok(Job { drv_path: drv_path.clone(), drv: Arc::unwrap_or_clone(drv), wanted, mode })
+        Ok(Job { drv_path: drv_path.clone(), drv: Arc::unwrap_or_clone(drv), wanted, wants_all, mode })
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 
 use larder_core::derivation::{Derivation, Output, OutputName};
-use larder_core::report::Reporter;
+use larder_core::report::{Reporter, Start};
 use larder_core::settings::{Jobs, Machine, Os, Settings};
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::{Name, StorePath};
@@ -33,6 +33,12 @@ impl Reporter for Voice {
         if self.shows(level) {
             self.said.lock().unwrap().push(text.to_string());
         }
+    }
+    fn start(&self, start: &Start<'_>) -> u64 {
+        if !start.text.is_empty() {
+            self.message(start.level, format_args!("{}...", start.text));
+        }
+        0
     }
     fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)

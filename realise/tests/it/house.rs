@@ -266,7 +266,7 @@ impl House {
 
     pub(crate) fn job(&self, recipe: &Recipe, mode: Mode) -> Job {
         let (drv_path, drv) = self.derivation(recipe);
-        Job { wanted: drv.outputs.keys().cloned().collect(), drv_path, drv, mode }
+        Job { wanted: drv.outputs.keys().cloned().collect(), wants_all: true, drv_path, drv, mode }
     }
 
     pub(crate) fn run(&self, recipe: &Recipe, mode: Mode) -> Outcome {

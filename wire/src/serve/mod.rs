@@ -3,6 +3,7 @@
 //! Commands and replies, with nothing between them: texts go to standard error. Source: protocols,
 //! section 3.
 
+pub mod client;
 pub mod ops;
 pub mod server;
 #[cfg(test)]

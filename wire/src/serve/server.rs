@@ -124,10 +124,7 @@ impl Turn<'_> {
             Request::BuildPaths(r) => {
                 self.need_write("building paths")?;
                 self.configure(&r.options)?;
-                let outcome =
-                    self.session.store().build(&r.targets, BuildMode::Normal).and_then(|results| {
-                        crate::worker::server::whole(self.session.store().dir(), &r.targets, results)
-                    });
+                let outcome = self.session.store().realise(&r.targets, BuildMode::Normal);
                 let outcome = outcome.map_err(|error| (error.status().into(), larder_core::report::chain(&error)));
                 self.reply(&r, &BuildOutcome(outcome))
             }

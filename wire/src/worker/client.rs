@@ -4,7 +4,7 @@
 //! error of the server the connection goes on; after any other it is given up. Source: protocols,
 //! section 2.4.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::error::Error;
 use std::fmt;
 use std::io::{self, BufRead, Read, Write};
@@ -13,24 +13,26 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use larder_core::api::{
-    AddOptions, BuildMode, BuildResult, Collect, Collected, DerivedPath, ErrorKind, Missing, NarSource, NewContent,
-    ReadStore, RootLink, Store, StoreError, Substitutable,
+    AddOptions, BuildMode, BuildResult, BuildStatus, Collect, Collected, DerivedPath, ErrorKind, Missing, NarSource,
+    NewContent, ReadStore, RootLink, Store, StoreError, Substitutable,
 };
 use larder_core::content_address::ContentAddress;
 use larder_core::derivation::{Derivation, OutputName};
 use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
 use larder_core::realisation::{DrvOutput, Realisation};
-use larder_core::report::{Level, Reporter};
+use larder_core::report::{Level, Reporter, Start};
 use larder_core::signature::Signature;
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 
 use super::MINOR;
+use super::activity::Fields;
 use super::handshake::{Agreed, connect};
 use super::message::{ErrorMessage, Message};
 use super::ops::{self, AddWhat, FoundRealisation, GcAction, Operation, RegisteredOutput, Wanted};
 use crate::codec::{Budget, Decoder, Encoder, Protocol, WireError};
+use crate::order::order;
 use crate::stream::{BareNar, FramedWriter};
 use crate::value::{BaseName, BasicDerivation, FilePath, Flag, Obsolete, WholeInfo, Wire as _};
 
@@ -41,6 +43,12 @@ pub struct RemoteError {
     text: String,
     pub traces: Vec<String>,
 }
+
+/// Questions that are asked before the first reply is read. Each takes a few hundred bytes.
+const AHEAD: usize = 128;
+
+/// Activities of a server that are followed at a time; others are told as they begin.
+const MAX_ACTIVITIES: usize = 1 << 16;
 
 /// The connection was given up after an error, so nothing can be asked any more.
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +124,20 @@ impl Client {
 
     /// Reads messages until the work is done.
     fn messages(&self, input: &mut dyn BufRead) -> Result<Result<(), ErrorMessage>, WireError> {
+        // The server's numbers of activities, and those of whoever is told.
+        let mut running: HashMap<u64, u64> = HashMap::new();
+        let outcome = self.messages_with(input, &mut running);
+        for activity in running.into_values() {
+            self.reporter.stop(activity);
+        }
+        outcome
+    }
+
+    fn messages_with(
+        &self,
+        input: &mut dyn BufRead,
+        running: &mut HashMap<u64, u64>,
+    ) -> Result<Result<(), ErrorMessage>, WireError> {
         loop {
             match self.decode(input, Message::read)? {
                 Message::Last => return Ok(Ok(())),
@@ -127,13 +149,28 @@ impl Client {
                 }
                 // We send no operation that is answered so.
                 Message::Read(_) | Message::Write(_) => return Err(WireError::UnknownMessage { code: 0 }),
-                Message::Start { level, text, .. } => {
-                    if level <= Level::Info as u64 && !text.is_empty() {
-                        let text = String::from_utf8_lossy(&text);
-                        self.reporter.message(Level::Info, format_args!("{text}..."));
+                Message::Start { id, level, kind, text, fields, parent } => {
+                    let text = String::from_utf8_lossy(&text);
+                    let local = self.reporter.start(&Start {
+                        level: Level::of_number(level),
+                        text: &text,
+                        activity: Fields(&fields).activity(kind),
+                        parent: running.get(&parent).copied().unwrap_or(0),
+                    });
+                    if running.len() < MAX_ACTIVITIES {
+                        running.insert(id, local);
                     }
                 }
-                Message::Stop { .. } | Message::Result { .. } => {}
+                Message::Stop { id } => {
+                    if let Some(activity) = running.remove(&id) {
+                        self.reporter.stop(activity);
+                    }
+                }
+                Message::Result { id, kind, fields } => {
+                    if let (Some(activity), Some(result)) = (running.get(&id), Fields(&fields).result(kind)) {
+                        self.reporter.result(*activity, result);
+                    }
+                }
             }
         }
     }
@@ -209,6 +246,37 @@ impl Client {
         Ok(value)
     }
 
+    /// Asks several times before the first reply is read, so that nobody waits for the other's
+    /// next turn. Together they must fit into the buffers of a socket.
+    fn call_all<O: Operation>(&self, operations: &[O]) -> Result<Vec<O::Reply>, StoreError> {
+        let mut guard = self.ends()?;
+        let ends = &mut *guard;
+        ends.broken = true;
+        let mut requests = Vec::new();
+        let mut to = Encoder::new(&mut requests, &self.dir, self.protocol());
+        for operation in operations {
+            to.word(O::CODE);
+            operation.write(&mut to);
+        }
+        let broken = |error: io::Error| failed(WireError::Write(error));
+        ends.output.write_all(&requests).and_then(|()| ends.output.flush()).map_err(broken)?;
+        let (mut replies, mut first_error) = (Vec::with_capacity(operations.len()), None);
+        for _ in operations {
+            let outcome = self.messages(&mut *ends.input);
+            let is_lost = outcome.is_err();
+            match Self::judge(ends, outcome) {
+                Ok(()) => replies.push(self.decode(&mut *ends.input, O::Reply::read).map_err(failed)?),
+                Err(error) if is_lost => return Err(error),
+                // The others are answered all the same.
+                Err(error) => {
+                    first_error.get_or_insert(error);
+                }
+            }
+        }
+        ends.broken = false;
+        first_error.map_or(Ok(replies), Err)
+    }
+
     /// Asks, and gives the reply.
     pub fn call<O: Operation>(&self, operation: &O) -> Result<O::Reply, StoreError> {
         self.call_with(operation, None, |reply, _| Ok(reply))
@@ -222,6 +290,18 @@ impl Client {
             framed.finish()
         };
         self.call_with(operation, Some(&mut send), |reply, _| Ok(reply))
+    }
+
+    /// For servers that tell no results: an error is that of the one target.
+    fn build_one_by_one(&self, targets: &[DerivedPath], mode: BuildMode) -> Vec<BuildResult> {
+        let each = |target: &DerivedPath| match self.realise(std::slice::from_ref(target), mode) {
+            Ok(()) => BuildResult { status: BuildStatus::Built, ..BuildResult::default() },
+            Err(error) => {
+                let error = larder_core::report::chain(&error);
+                BuildResult { status: BuildStatus::MiscFailure, error, ..BuildResult::default() }
+            }
+        };
+        targets.iter().map(each).collect()
     }
 
     fn need(&self, minor: u8, operation: &'static str) -> Result<(), StoreError> {
@@ -243,6 +323,18 @@ impl ReadStore for Client {
             Err(error) if self.agreed.minor < 17 && error.kind == ErrorKind::NotValid => Ok(None),
             Err(error) => Err(error),
         }
+    }
+    fn infos(&self, paths: &[StorePath]) -> Result<Vec<Option<PathInfo>>, StoreError> {
+        if self.agreed.minor < 17 {
+            return paths.iter().map(|path| self.info(path)).collect();
+        }
+        let mut infos = Vec::with_capacity(paths.len());
+        for paths in paths.chunks(AHEAD) {
+            let asked: Vec<_> = paths.iter().map(|path| ops::QueryPathInfo { path: path.clone() }).collect();
+            let found = self.call_all(&asked)?;
+            infos.extend(paths.iter().zip(found).map(|(path, found)| found.0.map(|info| info.of(path.clone()))));
+        }
+        Ok(infos)
     }
     fn is_valid(&self, path: &StorePath) -> Result<bool, StoreError> {
         self.call(&ops::IsValidPath { path: path.clone() })
@@ -276,31 +368,9 @@ impl ReadStore for Client {
     fn sorted(&self, paths: &BTreeSet<StorePath>) -> Result<Vec<StorePath>, StoreError> {
         let mut references = BTreeMap::new();
         for path in paths {
-            let mut near = self.info(path)?.map(|info| info.references).unwrap_or_default();
-            near.remove(path);
-            near.retain(|path| paths.contains(path));
-            references.insert(path.clone(), near);
+            references.insert(path.clone(), self.info(path)?.map(|info| info.references).unwrap_or_default());
         }
-        let mut order: Vec<StorePath> = Vec::new();
-        let mut placed = BTreeSet::new();
-        while !references.is_empty() {
-            let free: Vec<StorePath> = references
-                .iter()
-                .filter(|(_, near)| near.iter().all(|path| placed.contains(path)))
-                .map(|(path, _)| path.clone())
-                .collect();
-            let Some(one) = free.first().or_else(|| references.keys().next()).cloned() else { break };
-            if free.is_empty() {
-                let text = format!("cycle detected in the references of '{}'", self.dir.display(&one));
-                return Err(StoreError::new(ErrorKind::Other, text));
-            }
-            for path in free {
-                references.remove(&path);
-                placed.insert(path.clone());
-                order.push(path);
-            }
-        }
-        Ok(order)
+        order(&self.dir, references)
     }
     fn nar(&self, path: &StorePath, out: &mut dyn Write) -> Result<(), StoreError> {
         self.call_with(&ops::NarFromPath { path: path.clone() }, None, |(), input| {
@@ -402,12 +472,20 @@ impl Store for Client {
         self.call(&ops::QuerySubstitutablePathInfos { paths: Wanted(paths.clone()) })
     }
     fn build(&self, targets: &[DerivedPath], mode: BuildMode) -> Result<Vec<BuildResult>, StoreError> {
-        self.need(34, "BuildPathsWithResults")?;
+        if self.agreed.minor < 34 {
+            return Ok(self.build_one_by_one(targets, mode));
+        }
         let results = self.call(&ops::BuildPathsWithResults { targets: targets.to_vec(), mode })?;
         // In whatever order they came.
         let mut found: BTreeMap<DerivedPath, BuildResult> =
             results.into_iter().map(|keyed| (keyed.target, keyed.result)).collect();
         Ok(targets.iter().map(|target| found.remove(target).unwrap_or_default()).collect())
+    }
+    fn realise(&self, targets: &[DerivedPath], mode: BuildMode) -> Result<(), StoreError> {
+        if mode != BuildMode::Normal {
+            self.need(15, "BuildPaths with a mode")?;
+        }
+        self.call(&ops::BuildPaths { targets: targets.to_vec(), mode }).map(drop)
     }
     fn build_derivation(&self, path: &StorePath, drv: &Derivation, mode: BuildMode) -> Result<BuildResult, StoreError> {
         let derivation = BasicDerivation { path: path.clone(), drv: drv.clone() };

@@ -4,6 +4,7 @@
 //! sends [`message`]s while it works, the last of which says whether a reply follows. Source:
 //! protocols, section 2.
 
+mod activity;
 pub mod client;
 pub mod handshake;
 pub mod message;

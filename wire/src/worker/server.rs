@@ -17,8 +17,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use larder_core::api::{
-    AddOptions, BuildMode, BuildResult, BuildStatus, Collect, Collected, ContentMethod, DerivedPath, ErrorKind,
-    NewContent, Outputs, Store, StoreError,
+    AddOptions, BuildMode, BuildStatus, Collect, Collected, ContentMethod, DerivedPath, ErrorKind, NewContent, Store,
+    StoreError,
 };
 use larder_core::content_address::Method;
 use larder_core::derivation::Kind;
@@ -300,18 +300,11 @@ impl Connection<'_> {
             }
             Request::BuildPaths(r) => {
                 self.check_mode(r.mode)?;
-                let results = self.session.store().build(&r.targets, r.mode)?;
-                whole(self.host.dir(), &r.targets, results)?;
+                self.session.store().realise(&r.targets, r.mode)?;
                 self.reply(&r, &One)
             }
             Request::EnsurePath(r) => {
-                let targets = [DerivedPath::Opaque(r.path.clone())];
-                let mut results = self.session.store().build(&targets, BuildMode::Normal)?;
-                for result in results.iter_mut().filter(|result| result.error.is_empty()) {
-                    let path = self.host.dir().display(&r.path);
-                    result.error = format!("path '{path}' does not exist and cannot be created");
-                }
-                whole(self.host.dir(), &targets, results)?;
+                self.ensure(&r.path)?;
                 self.reply(&r, &One)
             }
             Request::AddTempRoot(r) => {
@@ -341,6 +334,7 @@ impl Connection<'_> {
             Request::QueryDeriver(r) => self.reply(&r, &self.need_valid(&r.path)?.deriver),
             Request::SetOptions(r) => {
                 self.tunnel.set_verbosity(r.verbosity);
+                self.tunnel.set_shows_logs(r.verbose_build == 0);
                 self.session.configure(&r, self.options.trusted);
                 self.reply(&r, &())
             }
@@ -547,6 +541,21 @@ impl Connection<'_> {
         Ok(())
     }
 
+    /// Makes a path valid, as it is.
+    fn ensure(&self, path: &StorePath) -> Result<(), StoreError> {
+        let results = self.session.store().build(&[DerivedPath::Opaque(path.clone())], BuildMode::Normal)?;
+        for result in results.into_iter().filter(|result| !result.status.is_success()) {
+            // That nobody has it is no news to a client that asks for this.
+            let text = if result.status == BuildStatus::NoSubstituters || result.error.is_empty() {
+                format!("path '{}' does not exist and cannot be created", self.host.dir().display(path))
+            } else {
+                result.error
+            };
+            return Err(StoreError::new(ErrorKind::Other, text));
+        }
+        Ok(())
+    }
+
     fn add_options(&self, repair: bool, dont_check_signatures: bool) -> AddOptions {
         AddOptions { repair, check_signatures: !(dont_check_signatures && self.options.trusted) }
     }
@@ -597,43 +606,4 @@ fn new_content(what: &AddWhat) -> NewContent {
 /// A path from a client; a relative one is taken from the root directory.
 fn absolute(path: &FilePath) -> std::path::PathBuf {
     Path::new("/").join(OsStr::from_bytes(&path.0))
-}
-
-/// An error if anything failed: what failed, and the exit status it makes.
-pub(crate) fn whole(dir: &StoreDir, targets: &[DerivedPath], results: Vec<BuildResult>) -> Result<(), StoreError> {
-    let mut bits = 0u8;
-    let mut failed = Vec::new();
-    for (target, result) in targets.iter().zip(results) {
-        if result.status.is_success() {
-            continue;
-        }
-        bits |= match result.status {
-            BuildStatus::TimedOut => 0b101,
-            BuildStatus::OutputRejected => 0b110,
-            BuildStatus::NotDeterministic => 0b1000,
-            BuildStatus::PermanentFailure
-            | BuildStatus::TransientFailure
-            | BuildStatus::CachedFailure
-            | BuildStatus::DependencyFailed
-            | BuildStatus::LogLimitExceeded
-            | BuildStatus::InputRejected => 0b100,
-            _ => 0,
-        };
-        failed.push((target, result));
-    }
-    let kind = if bits == 0 { ErrorKind::Other } else { ErrorKind::BuildFailed { status: 0x60 | bits } };
-    match failed.as_slice() {
-        [] => Ok(()),
-        [(_, result)] if !result.error.is_empty() => Err(StoreError::new(kind, result.error.clone())),
-        several => {
-            let names: Vec<String> = several
-                .iter()
-                .map(|(target, _)| match target {
-                    DerivedPath::Built { drv, outputs: Outputs::All } => format!("'{}'", dir.display(drv)),
-                    other => format!("'{}'", other.to_text(dir, false)),
-                })
-                .collect();
-            Err(StoreError::new(kind, format!("build of {} failed", names.join(", "))))
-        }
-    }
 }

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use larder_core::report::{Activity, ActivityResult, Level, Progress, Reporter, Start};
 use larder_core::store_dir::StoreDir;
 
-use super::message::{ErrorMessage, Field, Message};
+use super::activity;
+use super::message::{ErrorMessage, Message};
 use crate::codec::{Encoder, Protocol};
 use crate::value::Wire as _;
 
@@ -68,6 +69,8 @@ pub struct Tunnel {
     dir: StoreDir,
     minor: AtomicU8,
     verbosity: AtomicU8,
+    /// Does a client without activities want the output of builders?
+    shows_logs: AtomicBool,
     line: Box<dyn Line>,
     gone: AtomicBool,
     last_id: AtomicU64,
@@ -110,6 +113,7 @@ impl Tunnel {
             dir,
             minor: AtomicU8::new(minor),
             verbosity: AtomicU8::new(Level::Info as u8),
+            shows_logs: AtomicBool::new(true),
             line,
             gone: AtomicBool::new(false),
             last_id: AtomicU64::new(first_id),
@@ -129,6 +133,17 @@ impl Tunnel {
     /// Messages above this level are not sent.
     pub fn set_verbosity(&self, level: u32) {
         self.verbosity.store(u8::try_from(level).unwrap_or(u8::MAX), Ordering::Relaxed);
+    }
+
+    /// Whether clients that know no activities are sent the output of builders, as plain lines.
+    pub fn set_shows_logs(&self, shows: bool) {
+        self.shows_logs.store(shows, Ordering::Relaxed);
+    }
+
+    /// Does the client show the output of builders as it comes? One that knows activities decides
+    /// that for itself, so that nobody knows.
+    pub fn shows_logs(&self) -> bool {
+        !self.has_activities() && self.shows_logs.load(Ordering::Relaxed)
     }
 
     /// Work ends soon, as if the client had gone.
@@ -193,10 +208,6 @@ impl Tunnel {
         Raw(self)
     }
 
-    fn field_numbers(numbers: [u64; 4]) -> Vec<Field> {
-        numbers.map(Field::Number).to_vec()
-    }
-
     fn next_id(&self) -> u64 {
         self.last_id.fetch_add(1, Ordering::Relaxed) + 1
     }
@@ -206,8 +217,7 @@ impl Tunnel {
     }
 
     fn work_progress(&self, id: u64, done: u64, total: u64) {
-        let fields = Self::field_numbers([done, total, 0, 0]);
-        self.tell(&Message::Result { id, kind: 105, fields });
+        self.result(id, ActivityResult::Progress { done, expected: total, running: 0, failed: 0 });
     }
 }
 
@@ -271,30 +281,6 @@ impl Write for MessageWriter<'_> {
     }
 }
 
-/// The number of an activity's kind, and its fields.
-fn kind_of(activity: Activity<'_>) -> (u64, Vec<Field>) {
-    let texts = |texts: &[&str]| texts.iter().map(|text| Field::Text(text.as_bytes().to_vec())).collect();
-    match activity {
-        Activity::CopyPath { path, from, to } => (100, texts(&[path, from, to])),
-        Activity::FileTransfer { uri } => (101, texts(&[uri])),
-        Activity::Realise => (102, Vec::new()),
-        Activity::CopyPaths => (103, Vec::new()),
-        Activity::Builds => (104, Vec::new()),
-        Activity::Build { drv, machine } => {
-            let mut fields: Vec<Field> = texts(&[drv, machine]);
-            fields.extend([Field::Number(1), Field::Number(1)]);
-            (105, fields)
-        }
-        Activity::Optimise => (106, Vec::new()),
-        Activity::VerifyPaths => (107, Vec::new()),
-        Activity::Substitute { path, uri } => (108, texts(&[path, uri])),
-        Activity::QueryPathInfo { path, uri } => (109, texts(&[path, uri])),
-        Activity::PostBuildHook { drv } => (110, texts(&[drv])),
-        Activity::BuildWaiting => (111, Vec::new()),
-        _ => (0, Vec::new()),
-    }
-}
-
 impl Reporter for Tunnel {
     fn shows(&self, level: Level) -> bool {
         level as u8 <= self.verbosity.load(Ordering::Relaxed)
@@ -346,7 +332,7 @@ impl Reporter for Tunnel {
     fn start(&self, start: &Start<'_>) -> u64 {
         let id = self.next_id();
         if self.has_activities() {
-            let (kind, fields) = kind_of(start.activity);
+            let (kind, fields) = activity::start(start.activity);
             self.tell(&Message::Start {
                 id,
                 level: start.level as u64,
@@ -363,26 +349,15 @@ impl Reporter for Tunnel {
 
     fn result(&self, activity: u64, result: ActivityResult<'_>) {
         if !self.has_activities() {
+            // As daemons did when such clients were new.
+            if let ActivityResult::BuildLogLine(line) | ActivityResult::PostBuildLogLine(line) = result
+                && self.shows_logs()
+            {
+                self.tell(&Message::Next([line, b"\n"].concat()));
+            }
             return;
         }
-        let text = |text: &[u8]| vec![Field::Text(text.to_vec())];
-        let (kind, fields) = match result {
-            ActivityResult::FileLinked { saved_bytes, blocks } => {
-                (100, vec![Field::Number(saved_bytes), Field::Number(blocks)])
-            }
-            ActivityResult::BuildLogLine(line) => (101, text(line)),
-            ActivityResult::UntrustedPath(path) => (102, text(path.as_bytes())),
-            ActivityResult::CorruptedPath(path) => (103, text(path.as_bytes())),
-            ActivityResult::SetPhase(phase) => (104, text(phase.as_bytes())),
-            ActivityResult::Progress { done, expected, running, failed } => {
-                (105, Self::field_numbers([done, expected, running, failed]))
-            }
-            ActivityResult::SetExpected { of, expected } => {
-                (106, vec![Field::Number(kind_of(of).0), Field::Number(expected)])
-            }
-            ActivityResult::PostBuildLogLine(line) => (107, text(line)),
-            _ => return,
-        };
+        let Some((kind, fields)) = activity::result(result) else { return };
         self.tell(&Message::Result { id: activity, kind, fields });
     }
 

@@ -25,7 +25,7 @@ use crate::printer::Printer;
 
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-enum QueryError {
+pub(super) enum QueryError {
     #[error("derivation '{derivation}' has no environment binding named '{name}'")]
     NoBinding { derivation: String, name: String },
     #[error("deriver of path '{path}' is not known")]

@@ -13,7 +13,7 @@ use larder_core::derivation::OutputName;
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
-use larder_fs::layout::Access;
+use larder_fs::layout::{Access, Layout};
 use larder_realise::job::Mode;
 use larder_realise::logs;
 use larder_realise::plan::{Key, Target, Wanted};
@@ -107,7 +107,7 @@ pub(super) fn realise(cx: &Context, settings: &Settings, common: &Common, args: 
 }
 
 /// `ROOT`, `ROOT-2`, `ROOT-man`, `ROOT-2-man`, as an absolute path.
-fn root_link(root: &OsStr, number: usize, output: Option<&str>) -> Result<PathBuf, Failure> {
+pub(super) fn root_link(root: &OsStr, number: usize, output: Option<&str>) -> Result<PathBuf, Failure> {
     let mut link = absolute(root)?;
     if number > 1 {
         link.extend_from_slice(format!("-{number}").as_bytes());
@@ -185,13 +185,32 @@ pub(in crate::applets) fn print_log(
             None => return Err(RealiseOpError::NoLog { path: full() }.into()),
         },
     };
+    copy_log(&mut *log, &full(), out)
+}
+
+/// Prints the log of a derivation that lies here, for the path that was asked about.
+pub(super) fn print_log_of(
+    layout: &Layout,
+    asked: &str,
+    drv: Option<&StorePath>,
+    out: &mut Printer,
+) -> Result<(), Failure> {
+    let log = match drv {
+        Some(drv) => logs::open(layout, drv)?,
+        None => None,
+    };
+    let mut log = log.ok_or_else(|| RealiseOpError::NoLog { path: asked.to_owned() })?;
+    copy_log(&mut log, asked, out)
+}
+
+fn copy_log(log: &mut dyn std::io::Read, asked: &str, out: &mut Printer) -> Result<(), Failure> {
     let mut block = vec![0; 64 << 10];
     while !out.is_closed() {
         match log.read(&mut block) {
             Ok(0) => break,
             Ok(n) => out.bytes(block.get(..n).unwrap_or_default())?,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(source) => return Err(RealiseOpError::ReadLog { path: full(), source }.into()),
+            Err(source) => return Err(RealiseOpError::ReadLog { path: asked.to_owned(), source }.into()),
         }
     }
     Ok(())

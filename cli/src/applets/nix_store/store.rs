@@ -5,10 +5,11 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use larder_core::content_address::Method;
 use larder_core::hash::Algorithm;
-use larder_core::report::{Level, Progress, Reporter};
+use larder_core::report::{Level, Progress, Reporter, Start};
 use larder_core::settings::Settings;
 use larder_core::store_path::{Name, NameError, StorePath};
 use larder_fs::layout::Access;
@@ -19,20 +20,22 @@ use larder_store::ingest::ContentAddressed;
 use larder_store::register::RegisterOptions;
 use larder_store::verify::VerifyOptions;
 use larder_store::{LocalStore, Options};
+use larder_wire::worker::tunnel::Line as _;
 
 use super::realise;
 use crate::applets::Context;
-use crate::args::nix_store::{BuildMode, GcAction};
+use crate::args::nix_store::{BuildMode, Command, GcAction, Query};
 use crate::args::{Common, shown};
 use crate::conf::{self, Facts, StoreChoice, choose};
 use crate::daemon::StoreOptions;
-use crate::daemon::socket::StdoutWriter;
+use crate::daemon::socket::{StdioLine, StdoutWriter};
 use crate::engine::Engine;
 use crate::exit::{Failure, Status};
 use crate::interrupt::Interrupt;
 use crate::paths::{absolute, store_path, store_paths};
 use crate::printer::{Output, Printer};
 use crate::realising::Repairs;
+use crate::remote::Opened;
 use crate::terminal::Terminal;
 
 /// Why an operation on the store cannot be done.
@@ -54,9 +57,9 @@ pub(in crate::applets) enum StoreOpError {
 }
 
 /// Tells the terminal, and asks whether the user wants us to stop.
-struct Voice {
-    terminal: Arc<Terminal>,
-    interrupt: Interrupt,
+pub(in crate::applets) struct Voice {
+    pub(in crate::applets) terminal: Arc<Terminal>,
+    pub(in crate::applets) interrupt: Interrupt,
 }
 
 impl Reporter for Voice {
@@ -69,8 +72,36 @@ impl Reporter for Voice {
     fn progress(&self, step: Progress<'_>) {
         self.terminal.progress(step);
     }
+    fn start(&self, start: &Start<'_>) -> u64 {
+        // In the log for programs a build is told by who follows it.
+        if !start.text.is_empty() && !self.terminal.is_json() {
+            self.terminal.message(start.level, format_args!("{}...", start.text));
+        }
+        0
+    }
     fn is_cancelled(&self) -> bool {
         self.interrupt.is_raised()
+    }
+}
+
+/// The store that is chosen, if another process keeps it.
+pub(super) fn elsewhere(cx: &Context, settings: &Settings, command: &Command) -> Result<Option<StoreChoice>, Failure> {
+    let changes = !matches!(
+        command,
+        Command::Query(Query { force_realise: false, .. })
+            | Command::ReadLog { .. }
+            | Command::Export { .. }
+            | Command::VerifyPath { .. }
+            | Command::CheckValidity { .. }
+            | Command::DumpDb { .. }
+            | Command::PrintEnv { .. }
+            | Command::QueryFailedPaths
+            | Command::Gc { action: GcAction::PrintRoots | GcAction::PrintLive | GcAction::PrintDead, .. }
+            | Command::Serve { write: false }
+    );
+    match choose(&settings.store, &cx.env, Facts::gather(&cx.env, changes)?)? {
+        StoreChoice::Local(_) => Ok(None),
+        choice => Ok(Some(choice)),
     }
 }
 
@@ -148,15 +179,71 @@ pub(in crate::applets) fn open_for_daemon(
 pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(), Failure> {
     let access = if write { Access::ReadWrite } else { Access::ReadOnly };
     let local = open(cx, &settings, access)?;
-    let mut session = RemoteSession { engine: Engine { local, settings } };
+    let voice = Arc::new(RemoteVoice {
+        voice: Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() },
+        line: StdioLine(cx.interrupt.clone()),
+        builds: AtomicBool::new(false),
+    });
+    let local = local.session(local.options().clone(), Arc::clone(&voice) as _);
+    let engine = Engine { local, settings, builds: Arc::default(), hides_logs: true, interrupt: cx.interrupt.clone() };
+    let mut session = RemoteSession { engine, voice };
     let mut input = io::BufReader::with_capacity(64 << 10, io::stdin());
     let mut output = io::BufWriter::with_capacity(64 << 10, StdoutWriter::new()?);
     Ok(larder_wire::serve::server::serve(&mut input, &mut output, &mut session, write)?)
 }
 
+/// `--serve` for a store that is a daemon's: what an ordinary user's login comes to.
+pub(super) fn serve_elsewhere(cx: &Context, opened: Opened, write: bool) -> Result<(), Failure> {
+    let mut input = io::BufReader::with_capacity(64 << 10, io::stdin());
+    let mut output = io::BufWriter::with_capacity(64 << 10, StdoutWriter::new()?);
+    let mut session = RelaySession { opened, terminal: Arc::clone(&cx.terminal) };
+    Ok(larder_wire::serve::server::serve(&mut input, &mut output, &mut session, write)?)
+}
+
+/// The daemon behind a remote command.
+struct RelaySession {
+    opened: Opened,
+    terminal: Arc<Terminal>,
+}
+
+impl larder_wire::serve::server::Session for RelaySession {
+    fn store(&self) -> &dyn larder_core::api::Store {
+        self.opened.store()
+    }
+
+    fn configure_builds(&mut self, options: &larder_wire::serve::ops::BuildOptions) {
+        self.terminal.set_verbosity(Level::Error);
+        self.opened.configure_builds(options);
+    }
+}
+
 /// The store of a remote command.
 struct RemoteSession {
     engine: Engine,
+    voice: Arc<RemoteVoice>,
+}
+
+/// Tells the terminal of the other machine, and asks whether the client is still there.
+struct RemoteVoice {
+    voice: Voice,
+    line: StdioLine,
+    /// Only builds end with the client: other commands may well be the last that it sends.
+    builds: AtomicBool,
+}
+
+impl Reporter for RemoteVoice {
+    fn shows(&self, level: Level) -> bool {
+        self.voice.shows(level)
+    }
+    fn message(&self, level: Level, text: std::fmt::Arguments<'_>) {
+        self.voice.message(level, text);
+    }
+    fn start(&self, start: &Start<'_>) -> u64 {
+        self.voice.start(start)
+    }
+    fn is_cancelled(&self) -> bool {
+        self.voice.is_cancelled() || (self.builds.load(Ordering::Relaxed) && self.line.has_hung_up())
+    }
 }
 
 impl larder_wire::serve::server::Session for RemoteSession {
@@ -171,8 +258,11 @@ impl larder_wire::serve::server::Session for RemoteSession {
         settings.timeout = seconds(options.build_timeout_s);
         settings.max_build_log_size = options.max_log_size_bytes;
         settings.keep_failed = options.keep_failed;
-        // The other side has looked for substitutes already.
+        // The other side has looked for substitutes already, and has the log.
         settings.substitute = false;
+        settings.keep_build_log = false;
+        self.voice.voice.terminal.set_verbosity(Level::Error);
+        self.voice.builds.store(true, Ordering::Relaxed);
     }
 }
 

@@ -3,6 +3,7 @@
 use std::io::{self, Write as _};
 use std::sync::{Arc, Mutex};
 
+use larder_core::api::Outputs;
 use larder_core::hash::Sha256Digest;
 use larder_core::nar::encoder;
 use larder_core::path_info::PathInfo;

@@ -1,0 +1,255 @@
+//! Objects on their way to a store elsewhere, and from it.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Seek as _, Write};
+use std::path::Path;
+
+use larder_core::api::{AddOptions, NarSource, NewContent, Store, StoreError};
+use larder_core::derivation::{Derivation, aterm, name_of};
+use larder_core::export::{ExportError, Lead, Next, Step, Trailer, write_lead, write_trailer};
+use larder_core::hash::{NarHasher, Sha256Digest};
+use larder_core::nar::{Event, Parser};
+use larder_core::path_info::PathInfo;
+use larder_core::store_path::StorePath;
+use larder_fs::dump::{DumpError, DumpOptions, Dumper};
+use larder_wire::stream::BareNar;
+use rustix::fs::CWD;
+
+use super::Far;
+use crate::exit::Failure;
+use crate::printer::{Output, Printer};
+
+/// Bytes of an archive that are made at a time.
+const BLOCK_BYTES: usize = 64 << 10;
+
+/// The largest derivation that is read, in bytes.
+const MAX_DERIVATION_BYTES: usize = 256 << 20;
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+enum ObjectError {
+    #[error("opening file '{}'", path.display())]
+    Open { path: std::path::PathBuf, source: io::Error },
+    #[error("'{}' is no regular file, as a flat hash needs one", path.display())]
+    NotRegular { path: std::path::PathBuf },
+    #[error("'{path}' is no derivation")]
+    Derivation { path: String },
+    #[error("keeping an object for a moment in a temporary file")]
+    Spool(#[source] io::Error),
+    #[error("reading standard input")]
+    Stdin(#[source] io::Error),
+}
+
+/// The archive of a tree, as it is read.
+struct Archive<'a> {
+    dumper: Dumper<'a>,
+    block: Vec<u8>,
+    at: usize,
+    has_more: bool,
+    failure: Option<DumpError>,
+}
+
+impl Read for Archive<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.at == self.block.len() && self.has_more && self.failure.is_none() {
+            self.block.clear();
+            self.at = 0;
+            match self.dumper.fill(&mut self.block) {
+                Ok(more) => self.has_more = more,
+                Err(error) => self.failure = Some(error),
+            }
+        }
+        if self.failure.is_some() {
+            return Err(io::Error::other("the tree cannot be read"));
+        }
+        let left = self.block.get(self.at..).unwrap_or_default();
+        let n = left.len().min(into.len());
+        into.split_at_mut(n).0.copy_from_slice(left.split_at(n).0);
+        self.at += n;
+        Ok(n)
+    }
+}
+
+/// Sends a file or a tree.
+pub(super) fn send(
+    store: &dyn Store,
+    new: &NewContent,
+    path: &Path,
+    options: &DumpOptions<'_>,
+) -> Result<PathInfo, Failure> {
+    if !new.is_nar {
+        let open = |source| ObjectError::Open { path: path.to_owned(), source };
+        let mut file = File::open(path).map_err(open)?;
+        if !file.metadata().map_err(open)?.is_file() {
+            return Err(ObjectError::NotRegular { path: path.to_owned() }.into());
+        }
+        return Ok(store.add_content(new, &mut file)?);
+    }
+    let mut archive = Archive {
+        dumper: Dumper::new(CWD, path.as_os_str(), *options),
+        block: Vec::with_capacity(BLOCK_BYTES),
+        at: 0,
+        has_more: true,
+        failure: None,
+    };
+    let sent = store.add_content(new, &mut archive);
+    match archive.failure {
+        Some(error) => Err(error.into()),
+        None => Ok(sent?),
+    }
+}
+
+/// Counts what goes by.
+struct Hashing(NarHasher);
+
+impl Write for Hashing {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The hash that an object's archive has.
+pub(super) fn hash(far: &Far<'_>, path: &StorePath) -> Result<Sha256Digest, Failure> {
+    let mut hashing = Hashing(NarHasher::new());
+    match &far.files {
+        // A daemon that finds it changed can only hang up.
+        Some(files) => {
+            let real = files.layout.real_path(path);
+            let options = DumpOptions { case_hack: far.settings.use_case_hack, below: Some(&files.layout.real_store) };
+            let mut dumper = Dumper::new(CWD, real.as_os_str(), options);
+            let mut block = Vec::with_capacity(BLOCK_BYTES);
+            loop {
+                block.clear();
+                let more = dumper.fill(&mut block)?;
+                hashing.0.update(&block);
+                if !more {
+                    break;
+                }
+            }
+        }
+        None => far.store.nar(path, &mut hashing)?,
+    }
+    Ok(hashing.0.finish().0)
+}
+
+/// The derivation at a valid path.
+pub(super) fn derivation(far: &Far<'_>, path: &StorePath) -> Result<Derivation, Failure> {
+    let full = || far.store.dir().full(path);
+    let mut nar = Vec::new();
+    far.store.nar(path, &mut nar)?;
+    let (mut parser, mut rest, mut text) = (Parser::default(), nar.as_slice(), Vec::new());
+    while let Some(event) = parser.next(&mut rest)? {
+        match event {
+            Event::Contents(bytes) => text.extend_from_slice(bytes),
+            Event::File { size_bytes, .. } if size_bytes <= MAX_DERIVATION_BYTES as u64 => {}
+            Event::EndFile => {}
+            _ => return Err(ObjectError::Derivation { path: full() }.into()),
+        }
+    }
+    let name = name_of(path).map_err(|_| ObjectError::Derivation { path: full() })?;
+    Ok(aterm::parse(far.store.dir(), &name, &text)?)
+}
+
+impl Far<'_> {
+    /// `--export`
+    pub(super) fn export(&self, paths: &[StorePath]) -> Result<(), Failure> {
+        let (store, dir) = (self.store, self.store.dir());
+        let mut out = Printer::new(Output::Stream);
+        let mut framing = Vec::new();
+        for path in store.sorted(&paths.iter().cloned().collect())? {
+            let info = self.info(&path)?;
+            framing.clear();
+            write_lead(&mut framing, Next::Object);
+            out.bytes(&framing)?;
+            store.nar(&path, &mut out)?;
+            framing.clear();
+            let references = info.references.iter().map(Into::into);
+            let deriver = info.deriver.as_ref().map(Into::into);
+            write_trailer(&mut framing, dir, (&path).into(), references, deriver);
+            out.bytes(&framing)?;
+        }
+        framing.clear();
+        write_lead(&mut framing, Next::End);
+        out.bytes(&framing)?;
+        Ok(out.finish()?)
+    }
+
+    /// `--import`: what an object is called comes behind it, so that it is kept for a moment.
+    pub(super) fn import(&self) -> Result<(), Failure> {
+        let mut input = BufReader::with_capacity(64 << 10, io::stdin().lock());
+        let mut imported = Vec::new();
+        loop {
+            let mut lead = Lead::new();
+            if feed(&mut input, |bytes| lead.push(bytes))? == Next::End {
+                break;
+            }
+            let mut spool = tempfile::tempfile().map_err(ObjectError::Spool)?;
+            let mut hasher = NarHasher::new();
+            let mut nar = BareNar::new(&mut input);
+            loop {
+                let bytes = nar.fill_buf().map_err(ObjectError::Stdin)?;
+                if bytes.is_empty() {
+                    break;
+                }
+                hasher.update(bytes);
+                spool.write_all(bytes).map_err(ObjectError::Spool)?;
+                let n = bytes.len();
+                nar.consume(n);
+            }
+            let mut trailer = Trailer::new(self.store.dir());
+            let object = feed(&mut input, |bytes| trailer.push(bytes))?;
+            let (nar_hash, nar_size_bytes) = hasher.finish();
+            let mut info = PathInfo::new(object.path, nar_hash, nar_size_bytes);
+            (info.references, info.deriver) = (object.references, object.deriver);
+            imported.push(info.path.clone());
+            spool.rewind().map_err(ObjectError::Spool)?;
+            let mut source = Spooled { info: Some(info), file: BufReader::new(spool) };
+            self.store.add_nars(&mut source, AddOptions::default())?;
+        }
+        let mut out = Printer::new(Output::Listing);
+        for path in &imported {
+            out.line(self.store.dir().display(path))?;
+        }
+        Ok(out.finish()?)
+    }
+}
+
+/// Feeds a reader until it is done.
+fn feed<T>(input: &mut dyn BufRead, mut push: impl FnMut(&[u8]) -> Result<Step<T>, ExportError>) -> Result<T, Failure> {
+    loop {
+        let bytes = input.fill_buf().map_err(ObjectError::Stdin)?;
+        if bytes.is_empty() {
+            return Err(ExportError::UnexpectedEnd.into());
+        }
+        let length = bytes.len();
+        match push(bytes)? {
+            Step::More => input.consume(length),
+            Step::Done { taken, value } => {
+                input.consume(taken);
+                return Ok(value);
+            }
+        }
+    }
+}
+
+/// One object in a file.
+struct Spooled {
+    info: Option<PathInfo>,
+    file: BufReader<File>,
+}
+
+impl Read for Spooled {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.file.read(into)
+    }
+}
+
+impl NarSource for Spooled {
+    fn next_object(&mut self) -> Result<Option<PathInfo>, StoreError> {
+        Ok(self.info.take())
+    }
+}

@@ -1,0 +1,348 @@
+//! Larder's own commands on stores of others: a daemon's, ours and the real one, and over ssh.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use crate::house::{House, LARDER, Run, run};
+use crate::served::{Daemon, has, is_root, twin, wait_for};
+
+/// Commands whose answers must not depend on where the store is. `$f` and `$d` are paths that the
+/// first lines add, `$drv` is a derivation, `$out` what it makes, `$none` is not valid.
+const SCENARIO: &str = "\
+--add f
+--add d
+--add-fixed sha256 f
+--add-fixed --recursive sha1 d
+-r --dry-run $drv
+-r $drv
+-r $drv --add-root root
+-r $none
+-q --outputs $drv
+-q --references $out
+-q --referrers $f $d
+-qR $out $d
+-qR --include-outputs $drv
+-q --referrers-closure $f
+-q --deriver $out
+-q --deriver $f
+-q --valid-derivers $out
+-q --hash $f $d
+-q --size $f
+-q --tree $drv
+-q --graph $drv
+-q --graphml $drv
+-q --binding name $drv
+-q --binding zork $drv
+-q --roots $out
+-q --hash $none
+--check-validity $f $d
+--check-validity --print-invalid $none $f
+--check-validity $none
+--verify-path $f
+--verify --check-contents
+-l $drv
+-l $out
+-l $f
+--dump-db $f
+--print-env $drv
+--print-env $f
+--gc --print-roots
+--optimise
+--delete $out
+--delete $d
+--gc --print-dead
+--gc
+--check-validity --print-invalid $f $d
+";
+
+fn furnish(house: &House) -> Vec<(&'static str, String)> {
+    house.write("f", "hello\n");
+    std::fs::create_dir(house.work().join("d")).unwrap();
+    house.write("d/x", "x\n");
+    std::os::unix::fs::symlink("x", house.work().join("d/y")).unwrap();
+    let here = house.path().to_str().unwrap().to_owned();
+    let json = house.write(
+        "x.json",
+        r#"{"name": "x", "builder": "/bin/sh", "args": ["-c", "echo said; echo x > $out"], "env": {"name": "x"}}"#,
+    );
+    let found = house.run("larder", ["derivation".as_ref(), "add".as_ref(), json.as_os_str()]);
+    let drv = found.stdout.trim().to_owned();
+    assert!(drv.ends_with("x.drv"), "{found:?}");
+    let out = house.run("nix-store", ["-q", "--outputs", &drv]).stdout.trim().to_owned();
+    let kept = house.run("nix-store", ["-r", "--dry-run", "--add-root", "drv-root", &drv]);
+    assert_eq!(kept.status, Some(0), "{kept:?}");
+    let none = format!("{here}/store/00000000000000000000000000000000-x");
+    vec![("$drv", drv), ("$out", out), ("$none", none)]
+}
+
+/// Runs the scenario with a store, and gives what came of each line.
+fn scenario(house: &House, mut known: Vec<(&'static str, String)>, remote: &str) -> Vec<(String, Run)> {
+    let mut runs = Vec::new();
+    for line in SCENARIO.lines() {
+        let mut words = line.to_owned();
+        for (name, value) in &known {
+            words = words.replace(name, value);
+        }
+        let mut command = house.applet("nix-store");
+        command.args(words.split(' ')).env("NIX_REMOTE", remote);
+        command.env("NIX_CONFIG", "build-users-group =\nsandbox = false\nsubstituters =");
+        let mut found = run(&mut command, b"");
+        let first = found.stdout.lines().next().unwrap_or_default().to_owned();
+        match line {
+            "--add f" => known.push(("$f", first)),
+            "--add d" => known.push(("$d", first)),
+            _ => {}
+        }
+        // Links that are gone are told of by whoever removes them; what goes first is left to chance.
+        let mut lines: Vec<&str> = found.stderr.lines().filter(|line| !line.starts_with("removing stale")).collect();
+        if line == "--gc" {
+            lines.sort_unstable();
+        }
+        // A daemon shows the end of the log, as it does not know what its clients see.
+        found.stderr = lines.join("\n");
+        runs.push((line.to_owned(), found));
+    }
+    runs
+}
+
+#[test]
+fn a_store_behind_a_daemon_is_like_ones_own() {
+    let (_dir, place) = twin();
+    let mut results = Vec::new();
+    for remote in ["local", "daemon", "unix"] {
+        let house = House::at(&place);
+        let known = furnish(&house);
+        let remote = if remote == "unix" { format!("unix://{}/socket", place.display()) } else { remote.to_owned() };
+        let daemon = (remote != "local").then(|| Daemon::start(&house, LARDER, "sandbox = false"));
+        results.push(scenario(&house, known, &remote));
+        drop(daemon);
+    }
+    let local = results.remove(0);
+    let mut different = 0;
+    for far in results {
+        for ((line, local), (_, far)) in local.iter().zip(&far) {
+            if local != far {
+                different += 1;
+                println!("{line}\n--- local {local:#?}\n--- far {far:#?}");
+            }
+        }
+    }
+    assert_eq!(different, 0);
+}
+
+/// The real daemon answers our commands, too.
+#[test]
+fn a_real_daemon_serves_us() {
+    if !has("nix-daemon") {
+        return;
+    }
+    let house = House::new();
+    let daemon = Daemon::start(&house, "nix-daemon", "sandbox = false");
+    house.write("f", "x\n");
+    house.write("x.nix", "derivation { name = \"x\"; system = \"x86_64-linux\"; builder = \"/bin/sh\"; args = [ \"-c\" \"echo said; echo > $out\" ]; }");
+    let drv = run(house.command("nix-instantiate").arg("x.nix").env("NIX_REMOTE", "daemon"), b"").stdout;
+    let ours = |words: &[&str]| run(house.applet("nix-store").args(words).env("NIX_REMOTE", "daemon"), b"");
+    let path = ours(&["--add", "f"]).stdout.trim().to_owned();
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "x\n");
+    let built = ours(&["-r", drv.trim()]);
+    assert_eq!(built.status, Some(0), "{built:?}");
+    assert!(built.stderr.contains("\nsaid\n"), "{built:?}");
+    let closure = ours(&["-qR", "--include-outputs", drv.trim()]);
+    assert_eq!(closure.stdout.lines().count(), 2, "{closure:?}");
+    let exported =
+        crate::house::output(house.applet("nix-store").args(["--export", &path]).env("NIX_REMOTE", "daemon"), b"");
+    assert_eq!(ours(&["--delete", &path]).status, Some(0));
+    let imported = run(house.applet("nix-store").arg("--import").env("NIX_REMOTE", "daemon"), &exported.stdout);
+    assert_eq!(imported.stdout.trim(), path, "{imported:?}");
+    // A failed build has its message, and the status that is left of it.
+    let failed = ours(&["-r", &format!("{}/store/00000000000000000000000000000000-x", house.path().display())]);
+    assert_eq!(failed.status, Some(1), "{failed:?}");
+    drop(daemon);
+    let refused = ours(&["--check-validity", &path]);
+    assert!(refused.stderr.starts_with("error: cannot connect to daemon at '"), "{refused:?}");
+}
+
+/// `ssh` that runs the command here, in the store of another house.
+fn fake_ssh(near: &House, far: &House, command: &str) -> PathBuf {
+    let bin = near.path().join("bin");
+    std::fs::create_dir_all(&bin).unwrap();
+    let script = format!(
+        "#!/bin/sh\necho \"$@\" >> {near}/calls\nwhile [ \"$1\" != -- ]; do shift; done; shift\n\
+         export NIX_REMOTE='local?root={far}/root' NIX_CONFIG='build-users-group ='\nexec {command}\n",
+        near = near.path().display(),
+        far = far.path().display(),
+    );
+    std::fs::write(bin.join("ssh"), script).unwrap();
+    std::fs::set_permissions(bin.join("ssh"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    bin
+}
+
+/// Our commands over both protocols, with our programs at the other end and with real ones.
+#[test]
+fn s014_s016_our_commands_over_ssh() {
+    let real = has("nix-store");
+    for (scheme, serve) in [("ssh", "nix-store --serve --write"), ("ssh-ng", "nix-daemon --stdio")] {
+        for server in [LARDER, ""] {
+            if server.is_empty() && !real {
+                continue;
+            }
+            let (near, far) = (House::new(), House::new());
+            // A forced command: what the client asks for does not matter.
+            let bin = fake_ssh(&near, &far, format!("{server} {serve}").trim());
+            near.write("f", "x\n");
+            let path = near.words("nix-store", "--add f").stdout.trim().to_owned();
+            let there = far.path().join("root/nix/store").join(path.rsplit('/').next().unwrap());
+            let with_path = |words: &[&str]| {
+                let mut command = near.applet("nix-store");
+                let path = std::env::var("PATH").unwrap();
+                run(
+                    command.args(words).env("PATH", format!("{}:{path}", bin.display())).env("NIX_SSHOPTS", "-p 7"),
+                    b"",
+                )
+            };
+            let url = format!("{scheme}://far");
+            let exported = crate::house::output(near.applet("nix-store").args(["--export", &path]), b"");
+            let mut import = near.applet("nix-store");
+            let search = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+            let imported = run(import.args(["--import", "--store", &url]).env("PATH", search), &exported.stdout);
+            assert_eq!(imported.stdout.trim(), path, "{scheme} {server}: {imported:?}");
+            assert_eq!(std::fs::read_to_string(&there).unwrap(), "x\n");
+            let calls = std::fs::read_to_string(near.path().join("calls")).unwrap();
+            // One connection, whose words end with what runs there.
+            assert_eq!(calls, format!("far -x -a -- {serve}\n"));
+            let asked = with_path(&["-q", "--hash", "--size", &path, "--store", &url]);
+            assert_eq!(asked.status, Some(1));
+            for query in ["--hash", "--size", "--references", "--requisites", "--tree"] {
+                let far = with_path(&["-q", query, &path, "--store", &url]);
+                assert_eq!(far, near.run("nix-store", ["-q", query, &path]), "{scheme} {server} {query}");
+            }
+            let back = crate::house::output(
+                near.applet("nix-store")
+                    .args(["--export", &path, "--store", &url])
+                    .env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap())),
+                b"",
+            );
+            assert!(back.stdout == exported.stdout, "{scheme} {server}");
+            let refused = with_path(&["--load-db", "--store", &url]);
+            assert!(refused.stderr.contains("is not supported by store"), "{refused:?}");
+        }
+    }
+}
+
+/// A server of the real `ssh`, for one test; killed with it.
+struct Sshd {
+    child: Child,
+    dir: tempfile::TempDir,
+    port: u16,
+}
+
+impl Drop for Sshd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Sshd {
+    /// With variables for what it runs, and a command that it runs whatever is asked for.
+    fn start(variables: &str, forced: Option<&str>) -> Option<Self> {
+        if !is_root() || !Path::new("/usr/sbin/sshd").exists() {
+            println!("skipped: there is no /usr/sbin/sshd here, or we are not root");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        for key in ["host", "client"] {
+            let made = run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f", &path(key)]), b"");
+            assert_eq!(made.status, Some(0), "{made:?}");
+        }
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let forced = forced.map(|command| format!("ForceCommand {command}\n")).unwrap_or_default();
+        let config = format!(
+            "ListenAddress 127.0.0.1\nPort {port}\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\nUsePAM no\n\
+             PidFile none\nPermitRootLogin yes\nPasswordAuthentication no\nSetEnv {variables}\n{forced}",
+            path("host"),
+            path("client.pub"),
+        );
+        std::fs::write(dir.path().join("config"), config).unwrap();
+        let _ = std::fs::create_dir("/run/sshd");
+        let log = std::fs::File::create(dir.path().join("log")).unwrap();
+        let mut command = Command::new("/usr/sbin/sshd");
+        command.args(["-D", "-e", "-f", &path("config")]).stdin(Stdio::null()).stderr(log);
+        let child = command.spawn().unwrap();
+        wait_for("sshd listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        Some(Self { child, dir, port })
+    }
+
+    /// What clients put between `ssh` and the host.
+    fn options(&self) -> String {
+        let key = self.dir.path().join("client");
+        format!(
+            "-p {} -i {} -oStrictHostKeyChecking=no -oUserKnownHostsFile=/dev/null -oBatchMode=yes -oLogLevel=ERROR",
+            self.port,
+            key.display()
+        )
+    }
+}
+
+/// Over the real ssh: our client and the real one, our server and the real one.
+#[test]
+fn s016_over_a_real_ssh() {
+    let far = House::new();
+    let links = far.path().join("bin");
+    let linked = far.run("larder", ["links".as_ref(), links.as_os_str()]);
+    assert_eq!(linked.status, Some(0), "{linked:?}");
+    let variables = |first: &Path| {
+        format!(
+            "NIX_REMOTE=local?root={}/root \"NIX_CONFIG=build-users-group =\" PATH={}:/usr/bin:/bin",
+            far.path().display(),
+            first.display()
+        )
+    };
+    let Some(ours) = Sshd::start(&variables(&links), None) else { return };
+    let Some(theirs) = Sshd::start(&variables(Path::new("/usr/bin")), None) else { return };
+    let forced = format!("{} --serve --write", links.join("nix-store").display());
+    let Some(forced) = Sshd::start(&variables(&links), Some(&forced)) else { return };
+    let real = has("nix");
+    for (number, (sshd, scheme, client)) in [
+        (&ours, "ssh", "ours"),
+        (&ours, "ssh-ng", "ours"),
+        (&theirs, "ssh", "ours"),
+        (&theirs, "ssh-ng", "ours"),
+        (&forced, "ssh", "ours"),
+        (&ours, "ssh", "real"),
+        (&ours, "ssh-ng", "real"),
+        (&forced, "ssh", "real"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        if !real && (client == "real" || std::ptr::eq(sshd, &theirs)) {
+            continue;
+        }
+        let near = House::new();
+        let url = format!("{scheme}://root@127.0.0.1");
+        near.write("f", format!("{number}\n"));
+        let mut add = near.rooted("nix-store");
+        let path = run(add.args(["--add", "f"]), b"").stdout.trim().to_owned();
+        let there = far.path().join("root").join(path.trim_start_matches('/'));
+        let copied = if client == "ours" {
+            let exported = crate::house::output(near.rooted("nix-store").args(["--export", &path]), b"");
+            let mut import = near.rooted("nix-store");
+            run(import.args(["--import", "--store", &url]).env("NIX_SSHOPTS", sshd.options()), &exported.stdout)
+        } else {
+            let house = House::new();
+            house.write("f", format!("{number}\n"));
+            let mut add = house.command("nix-store");
+            house.as_root_of_its_own(&mut add);
+            assert_eq!(run(add.args(["--add", "f"]), b"").stdout.trim(), path);
+            let mut copy = house.command("nix");
+            house.as_root_of_its_own(&mut copy);
+            copy.args(["--extra-experimental-features", "nix-command", "copy", "--no-check-sigs", "--to", &url, &path]);
+            run(copy.env("NIX_SSHOPTS", sshd.options()), b"")
+        };
+        assert_eq!(copied.status, Some(0), "{scheme} {client} {number}: {copied:?}");
+        assert_eq!(std::fs::read_to_string(&there).unwrap(), format!("{number}\n"));
+    }
+}
