@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
+mod build_kills;
 mod collections;
 mod crash;
 mod daemon;
