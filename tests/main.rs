@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
+mod build_kills;
 mod collections;
 mod crash;
 mod daemon;
@@ -24,9 +25,9 @@ mod limits;
 mod people;
 mod process;
 mod realise;
-mod serving;
 mod remote;
 mod served;
+mod serving;
 mod stress;
 mod substitute;
 mod tidy;

@@ -135,6 +135,15 @@ impl LockFile {
     }
 }
 
+/// Unlocks: to close it is not enough while a child that another thread has just forked shares the
+/// descriptor, until that becomes another program.
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        // It can only fail if nothing is locked.
+        let _ = self.unlock();
+    }
+}
+
 impl AsFd for LockFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

@@ -7,6 +7,6 @@ pub mod job;
 pub mod logs;
 pub mod missing;
 pub mod plan;
-pub mod substitute;
 pub mod results;
 pub mod sharing;
+pub mod substitute;

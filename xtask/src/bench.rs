@@ -7,6 +7,7 @@
     reason = "figures for people"
 )]
 
+mod building;
 mod garbage;
 
 use std::ffi::OsString;
@@ -114,7 +115,8 @@ impl Bench {
         self.start_up()?;
         self.trees()?;
         self.ledger()?;
-        self.garbage()
+        self.garbage()?;
+        self.building()
     }
 
     /// Measures one workload on both sides in turn and prints a row.

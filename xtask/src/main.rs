@@ -2,7 +2,9 @@
 
 mod bench;
 mod interop;
+mod packages;
 mod run;
+mod soak;
 
 use std::process::ExitCode;
 
@@ -13,8 +15,10 @@ cargo xtask ci                       format check, clippy, tests, docs: the gate
 cargo xtask bench [FILTER...]        whole processes against real Nix, ratios in one run;
                                      `memory`: what streams, with a file of 6 GiB (minutes)
 cargo xtask interop [TREE...]        differential run against real Nix (default: five real trees)
+cargo xtask packages [NAME...]       sources of Debian, built in the sandbox, and again the same
 cargo xtask fuzz [SECONDS [TARGET]]  every fuzz target, or one, for so long each (default 60)
 cargo xtask soak [SECONDS [PROCESSES]]  the long forms of the stress and crash tests (default 60, 8)
+cargo xtask soak kills [ROUNDS]      builds killed at random moments, by root and by a user (default 200)
 ";
 
 /// The fuzz targets: the files of `fuzz/fuzz_targets`.
@@ -56,28 +60,6 @@ fn ci() -> Result<(), Failed> {
     step(cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
 }
 
-/// Tests that have a long form, by crate and a part of their names.
-const LONG_TESTS: &[(&str, &str)] = &[
-    ("larder-store-db", "tests::crash"),
-    ("larder-store-db", "tests::processes"),
-    ("larder", "stress"),
-    ("larder", "crash"),
-];
-
-/// Everything that stands in for bad luck: processes killed and system calls that fail at any moment.
-fn soak(args: &[String]) -> Result<(), Failed> {
-    let seconds = args.first().map_or("60", String::as_str);
-    let processes = args.get(1).map_or("8", String::as_str);
-    for (package, name) in LONG_TESTS {
-        step(
-            cargo(&["test", "--package", package, name, "--", "--nocapture", "--test-threads=1"])
-                .env("LARDER_SOAK_S", seconds)
-                .env("LARDER_SOAK_PROCS", processes),
-        )?;
-    }
-    Ok(())
-}
-
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let rest = args.get(1..).unwrap_or_default();
@@ -86,7 +68,8 @@ fn main() -> ExitCode {
         Some("bench") => bench::run(rest),
         Some("interop") => interop::run(rest),
         Some("fuzz") => fuzz(rest),
-        Some("soak") => soak(rest),
+        Some("packages") => packages::run(rest),
+        Some("soak") => soak::run(rest),
         None | Some("help" | "--help" | "-h") => {
             run::say(HELP.trim_end());
             Ok(())

@@ -16,6 +16,8 @@ pub enum Group {
     Evaluator,
     /// Of 1.x only: 2.x warns that it is unknown.
     Historic,
+    /// Our own: no Nix knows it.
+    Larder,
 }
 
 /// A setting as a row of the [`TABLE`].
@@ -234,6 +236,8 @@ settings! {
     "URLs where `nix-store -l` looks for logs."
 "max-build-log-size" ["build-max-log-size"] Store max_build_log_size: u64 = |_| 0;
     "Bytes a build may write to its log, 0: no limit."
+"max-build-processes" [] Larder max_build_processes: u64 = |m| 4096 + 512 * u64::from(m.cores);
+    "Processes and threads that a build may have at a time, where they can be told from others; 0: no limit."
 "max-call-depth" [] Evaluator max_call_depth: u32 = |_| 10_000;
     "Deepest nesting of calls in expressions."
 "max-free" [] Store max_free: u64 = |_| u64::MAX;

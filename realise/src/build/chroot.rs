@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use larder_core::derivation::Kind;
-use larder_core::settings::Sandbox;
+use larder_core::settings::{Sandbox, Settings};
 use larder_core::store_dir::canonicalise;
 use larder_core::store_path::StorePath;
 use larder_fs::file_error::{At as _, FileError};
@@ -141,12 +141,20 @@ pub(super) fn plan(
         ids,
         isolation,
         personality: Personality::of_system(&build.job.drv.system, &values.system, values.impersonate_linux_26),
-        limits: vec![Limit { resource: Resource::Core, soft: Some(0), hard: None }],
+        limits: limits(values, chroot.is_some() || user.is_some()),
         filter_syscalls: values.filter_syscalls,
         no_new_privileges: !values.allow_new_privileges,
         scope: Scope { abstract_sockets: inside, signals: inside },
         cgroups: Vec::new(),
     })
+}
+
+/// `is_alone`: the builder's processes are told from others, by an id or a namespace of its own.
+fn limits(values: &Settings, is_alone: bool) -> Vec<Limit> {
+    let core = Limit { resource: Resource::Core, soft: Some(0), hard: None };
+    let processes = Some(values.max_build_processes).filter(|most| is_alone && *most > 0);
+    let processes = processes.map(|most| Limit { resource: Resource::Processes, soft: Some(most), hard: Some(most) });
+    std::iter::once(core).chain(processes).collect()
 }
 
 fn root(build: &Build<'_>, temp: &TempDir, user: Option<&BuildUser>, chroot: &Chroot<'_>) -> Result<Root, Failure> {

@@ -18,7 +18,7 @@ use super::environment::{Given, Prepared, prepare};
 use super::failure::signal_name;
 use super::journal::Journal;
 use super::outputs::{self, Left};
-use super::tempdir::{Owner, TempDir};
+use super::tempdir::{Entry, Owner, TempDir};
 use super::users::BuildUser;
 use super::{Build, compare, graphs};
 use crate::job::{Failure, FailureKind, Mode};
@@ -62,6 +62,10 @@ fn rounds_placed(build: &Build<'_>, sandboxed: bool, user: Option<&BuildUser>) -
         let last = round == repeats;
         let infos = once(build, sandboxed, user, before.as_ref(), last)?;
         before = Some(infos);
+        if !sandboxed && !last {
+            // Out of the way of the next builder, which may not be able to replace it.
+            build.discard(true);
+        }
     }
     Ok(())
 }
@@ -90,7 +94,8 @@ fn once(
     let owner = user.map(|user| Owner { uid: user.uid, gid: user.gid });
     let base = values.build_dir.get().map_or(build.settings.temp_dir.as_path(), |dir| dir.as_std_path());
     let drv_name = build.job.drv_path.name().as_str();
-    let temp = TempDir::create(base, drv_name, owner, &journal)?;
+    let entry = if sandboxed { Entry::Bound } else { Entry::Path };
+    let temp = TempDir::create(base, drv_name, owner, entry, &journal)?;
     let prepared = give(build, sandboxed, &temp)?;
     let chroot = if sandboxed { Some(Chroot::create(build, user, &journal)?) } else { None };
     let plan = chroot::plan(build, &prepared, &temp, user, chroot.as_ref())?;

@@ -1,7 +1,8 @@
 //! Build directories.
 //!
-//! `<base>/nix-build-<name>.drv-<n>` is ours, and closed to everybody but the builder's group; the
-//! builder's own directory is `build` in it. So nothing that a builder makes there, however it
+//! `<base>/nix-build-<name>.drv-<n>` is ours and closed to everybody, but for the builder's group
+//! where the builder has to get through; the builder's own directory is `build` in it. In a sandbox
+//! it does not have to: `build` is bound to its place there. So nothing that a builder makes there, however it
 //! sets the modes, can be reached by other users: no setuid program left for an accomplice
 //! (CVE-2024-38531), no directory to be swapped while it is deleted (CVE-2025-52991). All work is
 //! done below descriptors that were opened before the builder started.
@@ -38,7 +39,17 @@ pub struct TempDir {
     outer: OwnedFd,
     inner: OwnedFd,
     owner: Option<Owner>,
+    entry: Entry,
     kept: bool,
+}
+
+/// How the builder comes to its directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// By its path.
+    Path,
+    /// It is bound to another place.
+    Bound,
 }
 
 /// A name that no other process, nor another time, has.
@@ -67,7 +78,13 @@ impl TempDir {
     ///
     /// It is whole before it has its name, so that a crash leaves nothing that could be taken for
     /// somebody else's.
-    pub fn create(base: &Path, drv_name: &str, owner: Option<Owner>, notes: &dyn Notes) -> Result<Self, FileError> {
+    pub fn create(
+        base: &Path,
+        drv_name: &str,
+        owner: Option<Owner>,
+        entry: Entry,
+        notes: &dyn Notes,
+    ) -> Result<Self, FileError> {
         const DOING: &str = "creating build directory";
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let base_fd = rustix::fs::openat(CWD, base, flags, Mode::empty()).at("opening directory", base)?;
@@ -78,7 +95,8 @@ impl TempDir {
         let outer = open_dir(base_fd.as_fd(), &name).at("opening directory", &path)?;
         rustix::fs::mkdirat(&outer, INNER, Mode::RWXU).at(DOING, path.join(INNER))?;
         let inner = open_dir(outer.as_fd(), INNER).at("opening directory", path.join(INNER))?;
-        let mut this = Self { base: base_fd, base_path: base.to_owned(), name, outer, inner, owner, kept: false };
+        let mut this =
+            Self { base: base_fd, base_path: base.to_owned(), name, outer, inner, owner, entry, kept: false };
         this.give_away().at("changing owner of", &path)?;
         for n in 0u32.. {
             let name = OsString::from(format!("nix-build-{drv_name}-{n}"));
@@ -106,9 +124,11 @@ impl TempDir {
         if let Some(Owner { uid, gid }) = self.owner {
             let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
             rustix::fs::fchown(&self.inner, Some(uid), Some(gid))?;
-            // The builder must get through; other users must not.
-            rustix::fs::fchown(&self.outer, None, Some(gid))?;
-            rustix::fs::fchmod(&self.outer, Mode::RWXU | Mode::XGRP)?;
+            if self.entry == Entry::Path {
+                // The builder must get through; other users must not.
+                rustix::fs::fchown(&self.outer, None, Some(gid))?;
+                rustix::fs::fchmod(&self.outer, Mode::RWXU | Mode::XGRP)?;
+            }
         }
         Ok(())
     }
@@ -204,7 +224,7 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let root = rustix::process::geteuid().is_root();
         let owner = root.then_some(Owner { uid: 40001, gid: 40000 });
-        let dir = TempDir::create(base.path(), "x.drv", owner, &Nobody).unwrap();
+        let dir = TempDir::create(base.path(), "x.drv", owner, Entry::Path, &Nobody).unwrap();
         assert_eq!(dir.outer_path(), base.path().join("nix-build-x.drv-0"));
         let outer = std::fs::metadata(dir.outer_path()).unwrap();
         let inner = std::fs::metadata(dir.path()).unwrap();
@@ -217,7 +237,8 @@ mod tests {
             assert_eq!(std::fs::metadata(dir.path().join("f")).unwrap().uid(), 40001);
         }
         assert!(dir.write("f", b"y", 0o644).is_err(), "nothing is written twice");
-        let second = TempDir::create(base.path(), "x.drv", owner, &Nobody).unwrap();
+        let second = TempDir::create(base.path(), "x.drv", owner, Entry::Bound, &Nobody).unwrap();
+        assert_eq!(std::fs::metadata(second.outer_path()).unwrap().mode() & 0o7777, 0o700);
         assert!(second.outer_path().ends_with("nix-build-x.drv-1"));
         // What the builder does to the modes does not keep it from going.
         std::fs::create_dir(second.path().join("d")).unwrap();
@@ -226,5 +247,54 @@ mod tests {
         let kept = dir.keep(true).unwrap();
         assert_eq!(std::fs::metadata(kept).unwrap().mode() & 0o7777, 0o755);
         assert_eq!(std::fs::read_dir(base.path()).unwrap().count(), 1);
+    }
+
+    /// While it is deleted somebody swaps a directory in it for a link to another, again and again.
+    #[test]
+    fn cve_2025_52991_swapped_while_it_is_deleted() {
+        let base = tempfile::tempdir().unwrap();
+        let victim = base.path().join("victim");
+        std::fs::create_dir(&victim).unwrap();
+        for n in 0..20 {
+            std::fs::write(victim.join(format!("{n}")), "precious").unwrap();
+        }
+        let mut swaps = 0;
+        for _ in 0..40 {
+            let dir = TempDir::create(base.path(), "x.drv", None, Entry::Path, &Nobody).unwrap();
+            let inner = dir.path();
+            for d in 0..20 {
+                let sub = inner.join(format!("d{d}"));
+                std::fs::create_dir(&sub).unwrap();
+                // Names that the other directory has too.
+                (0..20).for_each(|n| std::fs::write(sub.join(format!("{n}")), "").unwrap());
+            }
+            let done = std::sync::atomic::AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let swapper = scope.spawn(|| {
+                    let mut swaps = 0;
+                    while !done.load(Ordering::Relaxed) {
+                        for d in 0..20 {
+                            let (sub, aside) = (inner.join(format!("d{d}")), inner.join("aside"));
+                            let was_there = std::fs::rename(&sub, &aside).is_ok();
+                            if std::os::unix::fs::symlink(&victim, &sub).is_ok() && was_there {
+                                swaps += 1;
+                            }
+                            drop(std::fs::remove_file(&sub));
+                            drop(std::fs::rename(&aside, &sub));
+                        }
+                    }
+                    swaps
+                });
+                // What is made while it is deleted may stay; the journal has it.
+                drop(dir.delete());
+                done.store(true, Ordering::Relaxed);
+                swaps += swapper.join().unwrap();
+            });
+            for entry in std::fs::read_dir(base.path()).unwrap().flatten().filter(|e| e.file_name() != "victim") {
+                drop(std::fs::remove_dir_all(entry.path()));
+            }
+            assert_eq!(std::fs::read_dir(&victim).unwrap().count(), 20, "after {swaps} swaps");
+        }
+        assert!(swaps > 40, "{swaps}");
     }
 }

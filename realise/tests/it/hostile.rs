@@ -191,8 +191,99 @@ fn cve_2024_27297_descriptors_kept_outside() {
 }
 
 #[test]
-fn many_files() {
+fn outputs_of_100_000_files() {
+    for way in WAYS {
+        let house = House::new(way);
+        let out = house.build(&recipe("x", "mkdir $out; cd $out; seq 100000 | xargs touch"));
+        assert_eq!(std::fs::read_dir(house.real(&out)).unwrap().count(), 100_000);
+        assert!(house.store.contents_are_good(&house.info(&out)).unwrap());
+        house.check_nothing_left();
+    }
+}
+
+/// A fork bomb hits the limit of its build, whose end leaves nothing of it.
+#[test]
+fn fork_bombs_are_bounded() {
+    for way in WAYS {
+        if way == Sandbox::Off && !root_or_skip("fork_bombs without a sandbox") {
+            // There they cannot be told from the user's other processes.
+            continue;
+        }
+        let house = House::with(way, |values| values.max_build_processes = 60);
+        let bomb = r#"perl -e '$n = 0; while (defined($pid = fork)) { if (!$pid) { close STDOUT; close STDERR; sleep 1000 } last if ++$n == 1000 }
+            print "made $n\n"; exit 7'"#;
+        let failure = house.fail(&recipe("bomb", bomb), Mode::Normal);
+        assert!(failure.text.ends_with("failed with exit code 7"), "{}", failure.text);
+        let log = house.log();
+        let made: u32 = log.trim().strip_prefix("made ").unwrap().parse().unwrap();
+        assert!(made < 60, "{log}");
+        if crate::house::is_root() {
+            assert_eq!(processes_of(house.first_uid), 0);
+        }
+        // One that never stops trying takes the time that it is given, and no more.
+        let house = House::with(way, |values| {
+            values.max_build_processes = 60;
+            values.timeout = 2;
+        });
+        let endless = "perl -e '$SIG{TERM} = $SIG{HUP} = \"IGNORE\"; fork while 1'";
+        let failure = house.fail(&recipe("endless", endless), Mode::Normal);
+        assert_eq!(failure.kind, FailureKind::TimedOut, "{}", failure.text);
+        if crate::house::is_root() {
+            assert_eq!(processes_of(house.first_uid), 0);
+        }
+    }
+}
+
+/// Links in the build directory lead nowhere when that is deleted, or kept and opened for others.
+#[test]
+fn links_planted_in_the_build_directory() {
+    for way in WAYS {
+        for keeps in [false, true] {
+            let house = House::with(way, |values| values.keep_failed = keeps);
+            let victim = house.path("victim");
+            std::fs::create_dir(&victim).unwrap();
+            std::fs::write(victim.join("file"), "precious").unwrap();
+            std::fs::set_permissions(victim.join("file"), std::fs::Permissions::from_mode(0o640)).unwrap();
+            let plant = format!(
+                "ln -s {0} link; ln -s {0}/file file; ln -s ../.. up; ln {0}/file hard || true; mkdir -p d/d; chmod 0 d",
+                victim.display()
+            );
+            let out = house.build(&recipe("good", &format!("{plant}; echo > $out")));
+            assert_eq!(house.info(&out).references.len(), 0);
+            house.check_nothing_left();
+            assert!(matches!(house.run(&recipe("bad", &format!("{plant}; exit 1")), Mode::Normal), Outcome::Failed(_)));
+            let kept = crate::house::names(&house.path("tmp"));
+            assert_eq!(kept.len(), usize::from(keeps), "{kept:?}");
+            let meta = std::fs::metadata(victim.join("file")).unwrap();
+            assert_eq!((meta.mode() & 0o7777, meta.uid()), (0o640, rustix::process::geteuid().as_raw()));
+            assert_eq!(std::fs::metadata(&victim).unwrap().mode() & 0o777, 0o755);
+        }
+    }
+}
+
+/// A builder opens its directory for everybody; an accomplice outside does not get there.
+#[test]
+fn cve_2025_52991_build_directories_are_closed() {
+    if !root_or_skip("cve_2025_52991") {
+        return;
+    }
     let house = House::new(Sandbox::On);
-    let out = house.build(&recipe("x", "mkdir $out; cd $out; seq 20000 | xargs touch"));
-    assert_eq!(std::fs::read_dir(house.real(&out)).unwrap().count(), 20_000);
+    let open = recipe("open", "chmod 777 .; echo secret > s; chmod 666 s; echo ready; sleep 2; echo > $out");
+    std::thread::scope(|scope| {
+        let build = scope.spawn(|| house.build(&open));
+        while !house.log().contains("ready") {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let name = format!("nix-build-{}-0", house.derivation(&open).0.name());
+        let file = house.path("tmp").join(name).join("build/s");
+        assert!(file.exists());
+        // Another build user, and somebody who is none.
+        for (uid, gid) in [(house.first_uid + 1, crate::house::GROUP), (65534, 65534)] {
+            use std::os::unix::process::CommandExt as _;
+            let read = std::process::Command::new("cat").arg(&file).uid(uid).gid(gid).output().unwrap();
+            let said = String::from_utf8_lossy(&read.stderr).into_owned();
+            assert!(!read.status.success() && said.contains("Permission denied"), "{uid}: {said}");
+        }
+        build.join().unwrap();
+    });
 }

@@ -271,16 +271,6 @@ impl House {
 
     pub(crate) fn run(&self, recipe: &Recipe, mode: Mode) -> Outcome {
         let job = self.job(recipe, mode);
-        // A child that is just being started by another thread shares all descriptors, and so all
-        // locks, until it is another program.
-        for _ in 0..100 {
-            match build::run(&self.store, &self.settings, &job, &self.seen) {
-                Outcome::Locked { .. } | Outcome::NoBuildUser => {
-                    std::thread::sleep(std::time::Duration::from_millis(5));
-                }
-                other => return other,
-            }
-        }
         build::run(&self.store, &self.settings, &job, &self.seen)
     }
 

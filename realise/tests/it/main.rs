@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests may panic")]
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 
+mod again;
 mod basics;
 mod builtins;
 mod checks;

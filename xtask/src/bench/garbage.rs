@@ -68,7 +68,7 @@ fn many_roots(side: &Side, count: usize, random: &mut Random) -> Result<(), Fail
     Ok(())
 }
 
-fn copy(from: &Path, to: &Path) -> Result<(), Failed> {
+pub(super) fn copy(from: &Path, to: &Path) -> Result<(), Failed> {
     let status = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status()?;
     if status.success() { Ok(()) } else { Err(Failed(format!("cannot copy {}", from.display()))) }
 }
