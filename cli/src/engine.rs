@@ -31,8 +31,9 @@ use larder_store::LocalStore;
 use larder_store::collect::{CollectOptions, Freed};
 use larder_store::delete::DeleteOptions;
 use larder_store::error::StoreError as LocalError;
-use larder_store::verify::{Nobody, VerifyOptions};
+use larder_store::verify::VerifyOptions;
 
+use crate::conf::Env;
 use crate::interrupt::Interrupt;
 
 /// A local store with settings.
@@ -46,6 +47,8 @@ pub struct Engine {
     pub hides_logs: bool,
     /// Held while builders run: they are to end tidily.
     pub interrupt: Interrupt,
+    /// Of this process: caches are asked with its proxies and certificates.
+    pub env: Arc<Env>,
 }
 
 impl Engine {
@@ -195,7 +198,7 @@ impl Store for Engine {
     }
 
     fn verify(&self, check_contents: bool, repair: bool) -> Result<bool, StoreError> {
-        Ok(self.local.verify(VerifyOptions { check_contents, repair, ..VerifyOptions::default() }, &Nobody)?.errors > 0)
+        Ok(self.local.verify(VerifyOptions { check_contents, repair, ..VerifyOptions::default() }, self)?.errors > 0)
     }
 
     fn missing(&self, targets: &[DerivedPath]) -> Result<Missing, StoreError> {
@@ -204,9 +207,9 @@ impl Store for Engine {
 
     fn substitutable(
         &self,
-        _paths: &BTreeMap<StorePath, Option<ContentAddress>>,
+        paths: &BTreeMap<StorePath, Option<ContentAddress>>,
     ) -> Result<Vec<Substitutable>, StoreError> {
-        Ok(Vec::new())
+        self.offered(&paths.keys().cloned().collect())
     }
 
     fn build(&self, targets: &[DerivedPath], mode: BuildMode) -> Result<Vec<BuildResult>, StoreError> {

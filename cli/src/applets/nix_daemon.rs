@@ -86,7 +86,8 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
     }
     let (store, options, local) = open_for_daemon(cx, &settings)?;
     let machine = machine(&cx.env, true)?;
-    let daemon = Daemon::new(store, settings, machine, options, Arc::clone(&cx.terminal), cx.interrupt.clone());
+    let terminal = Arc::clone(&cx.terminal);
+    let daemon = Daemon::new(store, settings, machine, options, terminal, cx.interrupt.clone(), cx.env.clone());
     if low.stdio {
         daemon.serve_stdio()?;
         return Ok(Status::SUCCESS);

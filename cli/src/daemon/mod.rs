@@ -64,6 +64,7 @@ pub struct Daemon {
     pub terminal: Arc<Terminal>,
     pub budget: Arc<Budget>,
     pub interrupt: Interrupt,
+    env: Arc<Env>,
     builds: Arc<SharedBuilds>,
     connections: Mutex<Connections>,
     changed: Condvar,
@@ -101,6 +102,7 @@ impl Daemon {
         options: StoreOptions,
         terminal: Arc<Terminal>,
         interrupt: Interrupt,
+        env: Env,
     ) -> Self {
         Self {
             store,
@@ -110,6 +112,7 @@ impl Daemon {
             terminal,
             budget: Budget::new(BUDGET),
             interrupt,
+            env: Arc::new(env),
             builds: Arc::default(),
             connections: Mutex::default(),
             changed: Condvar::new(),
@@ -321,6 +324,7 @@ impl Host for Daemon {
             builds: Arc::clone(&self.builds),
             hides_logs: !tunnel.shows_logs(),
             interrupt: self.interrupt.clone(),
+            env: Arc::clone(&self.env),
         };
         Ok(Box::new(ClientSession { engine, daemon: self, base, tunnel }))
     }

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use larder_core::api::{BuildMode, BuildResult, DerivedPath, ErrorKind, Missing, Outputs, StoreError};
+use larder_cache::Caches;
+use larder_core::api::{BuildMode, BuildResult, DerivedPath, ErrorKind, Missing, Outputs, StoreError, Substitutable};
 use larder_core::derivation::{Derivation, OutputName};
 use larder_core::hash::Sha256Digest;
 use larder_core::realisation::{DrvOutput, Realisation};
@@ -13,14 +14,18 @@ use larder_realise::build::BuildSettings;
 use larder_realise::derivations::Derivations;
 use larder_realise::driver::{Driver, Listener, RealiseError, Report};
 use larder_realise::job::{Failure, Job};
-use larder_realise::missing::missing;
+use larder_realise::missing::{MissingError, Sources, missing_from};
 use larder_realise::plan::{Stop, Target};
 use larder_realise::results::Times;
 use larder_realise::sharing::Sharing;
+use larder_realise::substitute::{Substituters, Substitution, Trust};
 use larder_sandbox::launch::Launcher;
+use larder_store::verify::Mender;
 
 use super::Engine;
-use crate::exit::{Status, indent};
+use crate::caches::caches;
+use crate::exit::{Status, chain, indent};
+use crate::realising::CannotRepair;
 
 /// What the client hears of a run beside activities.
 struct Ears<'a> {
@@ -51,7 +56,47 @@ impl Engine {
         settings.hides_log = self.hides_logs;
         let builder = Sharing::new(&self.builds, &self.local, settings);
         let ears = Ears { engine: self, times };
-        Driver::new(&self.local, &self.settings, derivations, &builder, &ears).realise(targets, mode.into())
+        let caches = self.caches();
+        let substitution = caches.as_ref().map(|caches| Substitution::new(&self.local, caches, self.trust()));
+        Driver::new(&self.local, &self.settings, derivations, &builder, &ears)
+            .substituters(substitution.as_ref().map(|from| from as &dyn Substituters))
+            .realise(targets, mode.into())
+    }
+
+    /// Who may be asked for paths, if anybody.
+    fn caches(&self) -> Option<Caches> {
+        let caches = || caches(&self.env, &self.settings, self.local.dir(), &self.local.shared_reporter());
+        self.settings.substitute.then(caches).filter(|caches| !caches.is_empty())
+    }
+
+    fn trust(&self) -> Trust {
+        Trust::of(&self.settings).unwrap_or_else(|error| {
+            // Then nobody's signatures count.
+            self.tell_error(&chain(&error));
+            Trust { requires_signatures: self.settings.require_sigs, keys: Vec::new() }
+        })
+    }
+
+    /// What caches say of paths that they have.
+    pub(super) fn offered(&self, paths: &BTreeSet<StorePath>) -> Result<Vec<Substitutable>, StoreError> {
+        let Some(caches) = self.caches() else { return Ok(Vec::new()) };
+        let mut offered = Vec::new();
+        for (path, found) in caches.find_all(paths) {
+            match found {
+                Ok(Some(found)) => offered.push(Substitutable {
+                    path,
+                    deriver: found.info.info.deriver.clone(),
+                    references: found.info.info.references.clone(),
+                    download_size_bytes: found.info.file_size_bytes.unwrap_or(0),
+                    nar_size_bytes: found.info.info.nar_size_bytes,
+                }),
+                Ok(None) => {}
+                Err(error) if self.settings.fallback => self.tell_error(&chain(&error)),
+                Err(error) => return Err(StoreError::new(ErrorKind::Other, error)),
+            }
+        }
+        caches.flush();
+        Ok(offered)
     }
 
     /// An error if not all is there, with the exit status that it means; what its text leaves out
@@ -127,9 +172,49 @@ impl Engine {
 
     pub(super) fn what_is_missing(&self, targets: &[DerivedPath]) -> Result<Missing, StoreError> {
         let targets: Vec<Target> = targets.iter().map(Target::from).collect();
-        let found = missing(&self.local, &Derivations::new(&self.local), &targets)?;
-        let will_build: BTreeSet<StorePath> = found.will_build.into_iter().collect();
-        Ok(Missing { will_build, unknown: found.unknown, ..Missing::default() })
+        let caches = self.caches();
+        let sources = caches.as_ref().map(|caches| Sources { caches, settings: &self.settings });
+        let found = missing_from(&self.local, &Derivations::new(&self.local), &targets, sources);
+        let found = found.map_err(|error| match error {
+            MissingError::Store(error) => error.into(),
+            error => StoreError::new(ErrorKind::Other, error),
+        })?;
+        Ok(Missing {
+            will_build: found.will_build.into_iter().collect(),
+            will_substitute: found.will_fetch,
+            unknown: found.unknown,
+            download_size_bytes: found.download_size_bytes,
+            nar_size_bytes: found.nar_size_bytes,
+        })
+    }
+
+    /// Makes a damaged or missing valid path anew: from a cache, or with what made it.
+    fn repair(&self, path: &StorePath) -> Result<(), StoreError> {
+        let again = |target| self.realise_all(&[target], BuildMode::Repair);
+        if self.caches().is_some() && again(DerivedPath::Opaque(path.clone())).is_ok() {
+            return Ok(());
+        }
+        match self.local.info(path)?.deriver {
+            Some(drv) if self.local.is_valid(&drv)? => again(DerivedPath::Built { drv, outputs: Outputs::All }),
+            _ => Err(StoreError::new(ErrorKind::Other, CannotRepair { path: self.local.dir().full(path) })),
+        }
+    }
+}
+
+impl Mender for Engine {
+    fn mend(&self, path: &StorePath) -> bool {
+        match self.repair(path) {
+            Ok(()) => true,
+            Err(error) => {
+                // Whoever asked says that the path cannot be repaired.
+                let is_said =
+                    std::error::Error::source(&error).is_some_and(<dyn std::error::Error>::is::<CannotRepair>);
+                if !is_said {
+                    self.tell_error(&chain(&error));
+                }
+                false
+            }
+        }
     }
 }
 

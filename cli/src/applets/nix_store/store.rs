@@ -185,7 +185,8 @@ pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(),
         builds: AtomicBool::new(false),
     });
     let local = local.session(local.options().clone(), Arc::clone(&voice) as _);
-    let engine = Engine { local, settings, builds: Arc::default(), hides_logs: true, interrupt: cx.interrupt.clone() };
+    let (interrupt, env) = (cx.interrupt.clone(), Arc::new(cx.env.clone()));
+    let engine = Engine { local, settings, builds: Arc::default(), hides_logs: true, interrupt, env };
     let mut session = RemoteSession { engine, voice };
     let mut input = io::BufReader::with_capacity(64 << 10, io::stdin());
     let mut output = io::BufWriter::with_capacity(64 << 10, StdoutWriter::new()?);
