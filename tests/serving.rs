@@ -275,12 +275,12 @@ fn prefetch(house: &House, words: &[&str]) -> Run {
 
 #[test]
 fn files_are_prefetched() {
+    // The hashes are those that Nix 2.8 printed.
+    const HASH: &str = "1r3v22qkypccqifzbww5lrn6hf1chi23m6zzkyvb8bvg457nxslq";
     let house = House::new();
     house.write("f.txt", "hi\n");
     let url = format!("file://{}", house.work().join("f.txt").display());
     let store = house.path().join("store").display().to_string();
-    // The hashes are those that Nix 2.8 printed.
-    const HASH: &str = "1r3v22qkypccqifzbww5lrn6hf1chi23m6zzkyvb8bvg457nxslq";
     let run = prefetch(&house, &[&url]);
     assert_eq!((run.stdout.as_str(), run.status), (&*format!("{HASH}\n"), Some(0)), "{run:?}");
     assert!(run.stderr.starts_with(&format!("path is '{store}/")) && run.stderr.ends_with("-f.txt'\n"), "{run:?}");
@@ -310,6 +310,7 @@ fn files_are_prefetched() {
 
 #[test]
 fn archives_are_prefetched_and_servers_too() {
+    const HASH: &str = "0hvrbf2j2xly3hjh8r2mn9hg833h2kh6ikxrm67510168ri1n4sf\n";
     let house = House::new();
     std::fs::create_dir_all(house.work().join("pk/sub")).unwrap();
     std::fs::write(house.work().join("pk/a"), "x\n").unwrap();
@@ -320,7 +321,6 @@ fn archives_are_prefetched_and_servers_too() {
     let packed = run(house.command("tar").args(["czf", "many.tar.gz", "-C", "pk", "a", "sub"]), b"");
     assert_eq!(packed.status, Some(0), "{packed:?}");
     let server = Server::folder(&house.work(), Duration::ZERO, |_| None);
-    const HASH: &str = "0hvrbf2j2xly3hjh8r2mn9hg833h2kh6ikxrm67510168ri1n4sf\n";
     for name in ["one.tar.gz", "one.tar.xz", "one.tar", "many.tar.gz"] {
         let run = prefetch(&house, &["--unpack", &format!("{}/{name}", server.url())]);
         assert_eq!((run.stdout.as_str(), run.status), (HASH, Some(0)), "{name}: {run:?}");

@@ -23,7 +23,7 @@ use crate::nar::NarReader;
 use crate::uri::{CacheUri, Location, host};
 
 /// How long a cache that failed is passed over.
-const LEFT_ALONE: Duration = Duration::from_secs(60);
+const LEFT_ALONE: Duration = Duration::from_mins(1);
 
 /// The file in which a cache tells of itself, and its longest length in bytes.
 const CACHE_INFO: &str = "nix-cache-info";
@@ -170,7 +170,7 @@ impl BinaryCache {
         Ok(Get { url, authorization, ..Get::default() })
     }
 
-    fn download(&self, client: &Arc<Client>, get: &Get) -> Result<Option<Download>, CacheError> {
+    fn download(client: &Arc<Client>, get: &Get) -> Result<Option<Download>, CacheError> {
         match client.get(get) {
             Ok(download) => Ok(Some(download)),
             // Where one may not list, what is not there is forbidden.
@@ -189,7 +189,7 @@ impl BinaryCache {
             }
             Place::Http { client, base } => {
                 let get = Get { takes_encodings, ..self.url(base, name)? };
-                let download = self.download(client, &get)?;
+                let download = Self::download(client, &get)?;
                 download.map(|download| decoded(download, &get.url)).transpose()
             }
         }
@@ -281,18 +281,19 @@ impl BinaryCache {
             return;
         }
         let asked = (|| {
-            let body: String = parts.iter().map(|part| format!("{part}\n")).collect();
+            let lines: Vec<String> = parts.iter().map(ToString::to_string).collect();
+            let body = lines.join("\n");
             let get = Get { takes_encodings: true, body: Some(body.into_bytes().into()), ..self.url(base, name)? };
-            let Some(download) = self.download(client, &get)? else {
+            let Some(download) = Self::download(client, &get)? else {
                 return Err(CacheError::Closure { uri: self.uri.shown.clone(), reason: "there is none" });
             };
             let answer = BufReader::new(decoded(download, &get.url)?);
-            closure::read(self.uri(), answer, |part, text| match text {
-                Some(text) => self.take_in(lookups, part, text).map(drop),
-                None => {
-                    lookups.put(self.id, true, part, Known::Absent, b"");
-                    Ok(())
+            closure::read(self.uri(), answer, |part, text| {
+                if let Some(text) = text {
+                    return self.take_in(lookups, part, text).map(drop);
                 }
+                lookups.put(self.id, true, part, Known::Absent, b"");
+                Ok(())
             })
         })();
         if let Err(error) = asked {

@@ -102,7 +102,7 @@ impl Default for ClientOptions {
             user_agent_suffix: String::new(),
             connections: 25,
             connect_timeout: None,
-            stall_timeout: Some(Duration::from_secs(300)),
+            stall_timeout: Some(Duration::from_mins(5)),
             attempts: 5,
             certificates: None,
             checks_certificates: true,
@@ -284,7 +284,7 @@ impl Client {
             return Err(DownloadError::Scheme { scheme: scheme.to_owned() });
         }
         let slot = self.slot(stops)?;
-        let agent = self.agent()?;
+        let agent = self.agent();
         let mut request = Request::builder().uri(&get.url);
         if let Some(authorization) = self.authorization(get) {
             request = request.header(header::AUTHORIZATION, authorization);
@@ -372,10 +372,10 @@ impl Client {
         Ok(self.options.proxies.of(url).map(Proxy::new).transpose()?)
     }
 
-    fn agent(&self) -> Result<Agent, DownloadError> {
+    fn agent(&self) -> Agent {
         let mut agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(agent) = &*agent {
-            return Ok(agent.clone());
+            return agent.clone();
         }
         let options = &self.options;
         let suffix = &options.user_agent_suffix;
@@ -392,7 +392,7 @@ impl Client {
             .build();
         let made = Agent::from(config);
         *agent = Some(made.clone());
-        Ok(made)
+        made
     }
 
     fn tls(&self) -> &TlsConfig {

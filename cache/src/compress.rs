@@ -248,7 +248,7 @@ mod tests {
                 match undone(method, &packed[..end]) {
                     Err(_) => {}
                     Ok(bytes) => {
-                        assert!(bytes == text, "{method:?} cut at {end} of {} gives {}", packed.len(), bytes.len())
+                        assert!(bytes == text, "{method:?} cut at {end} of {} gives {}", packed.len(), bytes.len());
                     }
                 }
             }

@@ -46,7 +46,7 @@ pub enum CacheError {
     #[error("size mismatch of '{name}' from the cache '{uri}': there is more than the {expected} bytes it said")]
     MoreThanSaid { uri: String, name: String, expected: u64 },
     #[error("hash mismatch of '{name}' from the cache '{uri}';\n  specified: {expected}\n  got:       {found}")]
-    FileHash { uri: String, name: String, expected: Hash, found: Hash },
+    FileHash { uri: String, name: String, expected: Box<Hash>, found: Box<Hash> },
     /// It failed a short while ago and is left alone for now.
     #[error("the cache '{uri}' is passed over for now, as it failed")]
     Disabled {
@@ -144,7 +144,7 @@ impl CacheError {
 
     /// The error beneath, where it went through a stream.
     pub fn from_io(error: io::Error) -> Result<Self, io::Error> {
-        if error.get_ref().is_some_and(|inner| inner.is::<Self>()) {
+        if error.get_ref().is_some_and(<dyn std::error::Error + Send + Sync>::is::<Self>) {
             let inner = error.into_inner().and_then(|inner| inner.downcast::<Self>().ok());
             return inner.map(|inner| *inner).ok_or_else(|| io::Error::other("an error without one"));
         }

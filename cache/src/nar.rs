@@ -75,7 +75,7 @@ impl FileCheck {
         if let Some((hasher, expected)) = self.hasher.take() {
             let found = hasher.finish();
             if found != expected {
-                return Err(CacheError::FileHash { uri, name, expected, found });
+                return Err(CacheError::FileHash { uri, name, expected: expected.into(), found: found.into() });
             }
         }
         Ok(())

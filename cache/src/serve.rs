@@ -41,7 +41,7 @@ const HEAD_MAX: usize = 16 << 10;
 const BODY_MAX: usize = 33 * closure::ASKED_MAX;
 
 /// How long a client may say nothing, or take nothing.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// For how long, and how much, a client may go on sending once it has its last answer.
 const LINGER: Duration = Duration::from_millis(500);
@@ -73,6 +73,13 @@ pub struct ServeOptions {
     pub token: Option<String>,
     /// The level of zstd for archives; `None`: they are sent as they are.
     pub zstd_level: Option<i32>,
+}
+
+/// Adds to a text, which cannot fail.
+macro_rules! add {
+    ($text:ident, $($words:tt)*) => {
+        std::fmt::Write::write_fmt(&mut $text, format_args!($($words)*)).unwrap_or_default()
+    };
 }
 
 /// What has been done so far.
@@ -363,13 +370,13 @@ impl<'a> Server<'a> {
         let (status, from, to) = range.map_or((200, 0, size), |(from, to)| (206, from, to));
         let mut head = head_of(status, NAR, asked.closes);
         head.push_str("Cache-Control: public, max-age=31536000, immutable\r\nVary: Accept-Encoding\r\n");
-        head.push_str(&format!("ETag: \"{wanted}{}\"\r\n", if zstd.is_some() { "-zstd" } else { "" }));
+        add!(head, "ETag: \"{wanted}{}\"\r\n", if zstd.is_some() { "-zstd" } else { "" });
         match zstd {
             Some(_) => head.push_str("Content-Encoding: zstd\r\nTransfer-Encoding: chunked\r\n"),
-            None => head.push_str(&format!("Accept-Ranges: bytes\r\nContent-Length: {}\r\n", to - from)),
+            None => add!(head, "Accept-Ranges: bytes\r\nContent-Length: {}\r\n", to - from),
         }
         if status == 206 {
-            head.push_str(&format!("Content-Range: bytes {from}-{}/{size}\r\n", to - 1));
+            add!(head, "Content-Range: bytes {from}-{}/{size}\r\n", to - 1);
         }
         head.push_str("\r\n");
         out.write_all(head.as_bytes())?;
@@ -436,7 +443,7 @@ impl<'a> Server<'a> {
         encoder.write_all(&answer)?;
         let packed = encoder.finish()?;
         let mut head = head_of(200, "application/x-larder-closure", asked.closes);
-        head.push_str(&format!("Content-Encoding: zstd\r\nContent-Length: {}\r\n\r\n", packed.len()));
+        add!(head, "Content-Encoding: zstd\r\nContent-Length: {}\r\n\r\n", packed.len());
         out.write_all(head.as_bytes())?;
         out.write_all(&packed)?;
         Ok(true)
@@ -446,7 +453,7 @@ impl<'a> Server<'a> {
         let mut text =
             String::from("# HELP larder_requests_total Requests answered.\n# TYPE larder_requests_total counter\n");
         for (route, counter) in ROUTES.iter().zip(&self.metrics.requests) {
-            text.push_str(&format!("larder_requests_total{{route=\"{route}\"}} {}\n", counter.load(Ordering::Relaxed)));
+            add!(text, "larder_requests_total{{route=\"{route}\"}} {}\n", counter.load(Ordering::Relaxed));
         }
         for (name, help, value) in [
             ("errors", "Answers with status 500.", &self.metrics.errors),
@@ -455,9 +462,10 @@ impl<'a> Server<'a> {
             ("busy_microseconds", "Time spent on answers.", &self.metrics.micros),
         ] {
             let value = value.load(Ordering::Relaxed);
-            text.push_str(&format!(
+            add!(
+                text,
                 "# HELP larder_{name}_total {help}\n# TYPE larder_{name}_total counter\nlarder_{name}_total {value}\n"
-            ));
+            );
         }
         text
     }
@@ -564,7 +572,7 @@ fn send_small(out: &mut dyn Write, small: &Small, with_body: bool, closes: bool)
     if small.status == 401 {
         head.push_str("WWW-Authenticate: Basic realm=\"larder\"\r\n");
     }
-    head.push_str(&format!("Content-Length: {}\r\n\r\n", small.body.len()));
+    add!(head, "Content-Length: {}\r\n\r\n", small.body.len());
     out.write_all(head.as_bytes())?;
     if with_body { out.write_all(&small.body) } else { Ok(()) }
 }

@@ -264,7 +264,7 @@ fn send(stream: &mut TcpStream, request: &Request, answer: Answer, shared: &Shar
     headers.push(("Content-Length".into(), body.len().to_string()));
     let mut head = format!("HTTP/1.1 {status} {}\r\n", if status < 400 { "OK" } else { "Not OK" });
     for (name, value) in headers {
-        head.push_str(&format!("{name}: {value}\r\n"));
+        head.extend([&name, ": ", &value, "\r\n"]);
     }
     head.push_str("\r\n");
     let mut all = head.into_bytes();

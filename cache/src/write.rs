@@ -178,7 +178,7 @@ impl Writer {
         info: &PathInfo,
         dump: impl FnOnce(&mut dyn Write) -> Result<(), api::StoreError>,
     ) -> Result<Written, CacheError> {
-        let mut draft = self.draft(&self.folder.path().join("nar"))?;
+        let mut draft = Self::draft(&self.folder.path().join("nar"))?;
         let failed = |source| CacheError::Compress { method: self.method.name(), source };
         let file = BufWriter::with_capacity(256 << 10, draft.file.try_clone().map_err(failed)?);
         let counted = Counted { out: file, hasher: Hasher::new(Algorithm::Sha256), size_bytes: 0 };
@@ -229,7 +229,7 @@ impl Writer {
 
     /// Writes the log of a build.
     pub fn write_log(&self, drv: &StorePath, log: &mut dyn Read) -> Result<(), CacheError> {
-        let mut draft = self.draft(&self.folder.path().join("log"))?;
+        let mut draft = Self::draft(&self.folder.path().join("log"))?;
         io::copy(log, &mut draft.file).map_err(|source| CacheError::File {
             doing: "writing file",
             path: draft.path.clone(),
@@ -249,7 +249,7 @@ impl Writer {
 
     /// Writes a small file.
     fn put(&self, name: &str, bytes: &[u8]) -> Result<(), CacheError> {
-        let mut draft = self.draft(self.folder.path())?;
+        let mut draft = Self::draft(self.folder.path())?;
         draft.file.write_all(bytes).map_err(|source| CacheError::File {
             doing: "writing file",
             path: draft.path.clone(),
@@ -258,7 +258,7 @@ impl Writer {
         self.name(&mut draft, name)
     }
 
-    fn draft(&self, folder: &Path) -> Result<Draft, CacheError> {
+    fn draft(folder: &Path) -> Result<Draft, CacheError> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = folder.join(format!(".larder.tmp.{}.{number}", std::process::id()));

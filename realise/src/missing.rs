@@ -148,7 +148,9 @@ impl Survey<'_> {
                 there &= self.found(&mut answers, output)?.is_some();
             }
             if there {
-                all.iter().for_each(|output| self.want_path(output));
+                for output in &all {
+                    self.want_path(output);
+                }
             } else {
                 self.build(path)?;
             }
@@ -205,7 +207,9 @@ impl Survey<'_> {
     fn build(&mut self, path: StorePath) -> Result<(), StoreError> {
         let drv = self.derivations.get(&path)?;
         if known_outputs(&drv).is_err() || self.will_build.insert(path) {
-            drv.input_srcs.iter().for_each(|path| self.want_path(path));
+            for path in &drv.input_srcs {
+                self.want_path(path);
+            }
             for (input, names) in &drv.input_drvs {
                 self.want(input, &Wanted::Only(names.clone()));
             }

@@ -65,7 +65,7 @@ fn records(mut command: Command, top: &str) -> String {
             assert_eq!(found.status, Some(0), "{query} {path}: {}", found.stderr);
             let mut lines: Vec<&str> = found.stdout.lines().collect();
             lines.sort_unstable();
-            text.push_str(&format!("{path} {query} {}\n", lines.join(" ")));
+            text.extend([path.as_str(), " ", query, " ", &lines.join(" "), "\n"]);
         }
     }
     text
@@ -151,7 +151,7 @@ fn real_nix_fetches_what_larder_pushed() {
         };
         assert!(names(&folder).iter().chain(&names(&folder.join("nar"))).all(|name| !name.contains("tmp")));
         // What lies in the archives is listed as real Nix lists it.
-        for name in names(&folder).iter().filter(|name| name.ends_with(".ls")) {
+        for name in names(&folder).iter().filter(|name| Path::new(name).extension().is_some_and(|ext| ext == "ls")) {
             let ours = std::fs::read_to_string(folder.join(name)).unwrap();
             assert_eq!(ours, std::fs::read_to_string(house.work().join("first").join(name)).unwrap(), "{name}");
         }

@@ -145,21 +145,19 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
             known = Some((path, hash));
         }
     }
-    let (path, hash) = match known {
-        Some(known) => known,
-        None => {
-            let folder = tempfile::Builder::new().prefix("larder-prefetch-").tempdir()?;
-            let client = Client::new(client_options(&cx.env, &settings), store.shared_reporter());
-            let source = fetch(&client, &url, folder.path(), &low)?;
-            let options = HashOptions { flat: method == Method::Flat, algorithm: low.algorithm };
-            let found = hash_path(source.as_os_str(), options, &cx.interrupt)?;
-            if let Some(expected) = expected.filter(|expected| *expected != found) {
-                let (expected, found) = (as_printed(expected), as_printed(found));
-                return Err(PrefetchError::Mismatch { url, expected, found }.into());
-            }
-            let path = store.add(&source, &ContentAddressed { name, method, algorithm: low.algorithm })?;
-            (path, found)
+    let (path, hash) = if let Some(known) = known {
+        known
+    } else {
+        let folder = tempfile::Builder::new().prefix("larder-prefetch-").tempdir()?;
+        let client = Client::new(client_options(&cx.env, &settings), store.shared_reporter());
+        let source = fetch(&client, &url, folder.path(), &low)?;
+        let options = HashOptions { flat: method == Method::Flat, algorithm: low.algorithm };
+        let found = hash_path(source.as_os_str(), options, &cx.interrupt)?;
+        if let Some(expected) = expected.filter(|expected| *expected != found) {
+            let (expected, found) = (as_printed(expected), as_printed(found));
+            return Err(PrefetchError::Mismatch { url, expected, found }.into());
         }
+        (store.add(&source, &ContentAddressed { name, method, algorithm: low.algorithm })?, found)
     };
     let full = store.dir().full(&path);
     if !low.print_path && !is_set("QUIET") {

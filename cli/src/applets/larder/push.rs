@@ -23,8 +23,11 @@ use crate::exit::Failure;
 
 #[derive(Debug, Args)]
 pub struct Push {
-    /// The cache: file:///DIR?compression=METHOD&secret-key=FILE&write-nar-listing=true
-    #[arg(value_name = "URI")]
+    /// The cache, a folder
+    #[arg(
+        value_name = "URI",
+        help = "The cache: file:///DIR?compression=METHOD&secret-key=FILE&write-nar-listing=true"
+    )]
     pub to: String,
     /// Paths to copy; they come with all that they need
     #[arg(required = true, value_name = "PATH")]

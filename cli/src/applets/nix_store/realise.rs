@@ -179,7 +179,7 @@ pub(in crate::applets) fn print_log(
     let Some(drv) = drv else { return Err(RealiseOpError::NoLog { path: full() }.into()) };
     let mut log: Box<dyn std::io::Read + '_> = match logs::open(store.layout(), &drv)? {
         Some(log) => Box::new(log),
-        None => match remote_log(cx, settings, caches.as_ref(), &drv)? {
+        None => match remote_log(cx, settings, caches.as_ref(), &drv) {
             Some(log) => log,
             None => return Err(RealiseOpError::NoLog { path: full() }.into()),
         },
@@ -221,13 +221,13 @@ fn remote_log(
     settings: &Settings,
     caches: Option<&Caches>,
     drv: &StorePath,
-) -> Result<Option<Box<dyn std::io::Read>>, Failure> {
+) -> Option<Box<dyn std::io::Read>> {
     for cache in caches.iter().flat_map(|caches| caches.list()) {
         match cache.log(drv) {
             Ok(Some(log)) => {
                 let url = format!("{}/log/{drv}", cache.uri());
                 cx.terminal.message(Level::Info, format_args!("(using build log from {url})"));
-                return Ok(Some(log));
+                return Some(log);
             }
             Ok(None) => {}
             Err(error) => cx.terminal.message(Level::Warn, format_args!("{}", chain(&error))),
@@ -240,14 +240,14 @@ fn remote_log(
         match client.open(&url) {
             Ok(log) => {
                 cx.terminal.message(Level::Info, format_args!("(using build log from {url})"));
-                return Ok(Some(log));
+                return Some(log);
             }
             Err(error) => {
                 cx.terminal.message(Level::Talkative, format_args!("unable to download '{url}': {}", chain(&error)));
             }
         }
     }
-    Ok(None)
+    None
 }
 
 #[cfg(test)]
