@@ -5,6 +5,7 @@
 
 mod adopt;
 mod building;
+mod floating;
 mod store;
 
 use std::process::Command;

@@ -7,3 +7,4 @@ pub mod job;
 pub mod logs;
 pub mod missing;
 pub mod plan;
+mod signing;

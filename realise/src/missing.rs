@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use larder_core::derivation::OutputName;
+use larder_core::derivation::{Derivation, Kind, OutputName};
 use larder_core::store_path::StorePath;
 use larder_store::{LocalStore, StoreError};
 
@@ -60,7 +60,11 @@ pub fn missing(store: &LocalStore, derivations: &Derivations<'_>, targets: &[Tar
         })?;
         for path in found {
             let drv = derivations.get(&path)?;
-            if known_outputs(&drv).is_err() || will_build.insert(path) {
+            // What its ledger does not know may be known by having been built.
+            if known_outputs(&drv).is_err() && is_realised(store, &path, &drv, wanted.get(&path))? {
+                continue;
+            }
+            if will_build.insert(path) {
                 paths.extend(drv.input_srcs.iter().cloned());
                 for (input, names) in &drv.input_drvs {
                     add(&mut wanted, &mut left, input, &Wanted::Only(names.clone()));
@@ -71,6 +75,20 @@ pub fn missing(store: &LocalStore, derivations: &Derivations<'_>, targets: &[Tar
     let valid = store.valid_subset(&paths)?;
     unknown.extend(paths.into_iter().filter(|path| !valid.contains(path)));
     Ok(Missing { will_build: store.order(&will_build)?, unknown })
+}
+
+/// Were all wanted outputs built whose paths nobody knew before?
+fn is_realised(
+    store: &LocalStore,
+    path: &StorePath,
+    drv: &Derivation,
+    wanted: Option<&Wanted>,
+) -> Result<bool, StoreError> {
+    if drv.kind() == Ok(Kind::Impure) {
+        return Ok(false);
+    }
+    let known = store.known_outputs(path)?;
+    Ok(drv.outputs.keys().all(|name| known.contains_key(name.as_str()) || wanted.is_some_and(|w| !w.has(name))))
 }
 
 fn add(

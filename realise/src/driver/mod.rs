@@ -8,6 +8,7 @@
 mod ask;
 mod lines;
 mod report;
+mod resolve;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -155,10 +156,9 @@ impl<'a> Driver<'a> {
     fn build(&self, job: &Job, cancel: &AtomicBool) -> Built {
         let watcher = Watcher::new(self.store, self.listener, job, cancel);
         let outcome = self.builder.build(job, &watcher);
-        let names = |outputs: std::collections::BTreeMap<OutputName, StorePath>| outputs.into_keys().collect();
         let built = match outcome {
-            Outcome::Built { outputs } => Built::Valid { outputs: names(outputs), made: true },
-            Outcome::AlreadyValid { outputs } => Built::Valid { outputs: names(outputs), made: false },
+            Outcome::Built { outputs } => Built::Valid { outputs, made: true },
+            Outcome::AlreadyValid { outputs } => Built::Valid { outputs, made: false },
             Outcome::Locked { path } => Built::Locked(path),
             Outcome::NoBuildUser => Built::NoBuildUser,
             Outcome::Failed(failure) => Built::Failed(failure),
@@ -222,6 +222,14 @@ impl Run<'_, '_> {
                 Action::AskInputs { drv } => {
                     let answer = driver.inputs(&drv);
                     events.push_back(Event::Inputs { drv, answer });
+                }
+                Action::Resolve { drv, inputs } => {
+                    let answer = driver.resolve(&drv, &inputs);
+                    events.push_back(Event::Resolved { drv, answer });
+                }
+                Action::Realised { drv, outputs, inputs } => {
+                    let answer = driver.realised(&drv, outputs, &inputs);
+                    events.push_back(Event::Realised { drv, answer });
                 }
                 Action::AskClosure { drv } => {
                     let answer = driver.damaged_closure(&drv);
