@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use larder_core::hash::{Algorithm, Hash};
+use larder_core::hash::{Algorithm, Encoding, Hash};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -107,7 +107,7 @@ impl Scene {
     fn derivations(&self, round: u64) -> Vec<String> {
         let text = format!("round {round}\n");
         let hash = Hash::of(Algorithm::Sha256, text.as_bytes());
-        let hash: String = hash.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        let hash = hash.encode(Encoding::Base16);
         let add = |name: &str, script: &str, hangs: bool, more: &[(&str, Value)], needs: &[&str]| {
             let env = json!({
                 "PATH": "/bin:/usr/bin", "GATE": self.at("gate"), "STEPS": (round * 7 % 40).to_string(),

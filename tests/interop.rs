@@ -6,6 +6,7 @@
 mod adopt;
 mod building;
 mod caches;
+mod floating;
 mod store;
 
 use std::process::Command;

@@ -35,6 +35,9 @@ use crate::terminal::Terminal;
 pub enum TargetError {
     #[error(transparent)]
     Path(#[from] PathArgumentError),
+    /// Of what is impure nobody remembers what it was built as.
+    #[error("cannot operate on output '{output}' of the unbuilt derivation '{drv}'")]
+    Unbuilt { output: String, drv: String },
     #[error("'{name}' in '{target}' cannot be the name of an output")]
     Output { target: String, name: String, source: NameError },
 }
@@ -260,11 +263,13 @@ impl Realiser<'_> {
             }
             Key::Derivation(drv) => {
                 let mut outputs = Vec::new();
-                for (name, path) in self.store.derivation_outputs(drv)? {
-                    let name = OutputName::new(&name)?;
-                    if target.wanted.has(&name) {
-                        outputs.push((Some(name), path));
-                    }
+                let mut known = self.store.known_outputs(drv)?;
+                for name in self.store.derivation(drv)?.outputs.into_keys().filter(|name| target.wanted.has(name)) {
+                    let path = known.remove(name.as_str()).ok_or_else(|| TargetError::Unbuilt {
+                        output: name.to_string(),
+                        drv: self.store.dir().full(drv),
+                    })?;
+                    outputs.push((Some(name), path));
                 }
                 Ok(outputs)
             }

@@ -9,4 +9,5 @@ pub mod missing;
 pub mod plan;
 pub mod results;
 pub mod sharing;
+mod signing;
 pub mod substitute;

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use larder_cache::{CacheError, Caches, Found};
-use larder_core::derivation::OutputName;
+use larder_core::derivation::{Derivation, Kind, OutputName};
 use larder_core::report::{Level, chain};
 use larder_core::store_path::StorePath;
 use larder_store::{LocalStore, StoreError};
@@ -206,7 +206,11 @@ impl Survey<'_> {
 
     fn build(&mut self, path: StorePath) -> Result<(), StoreError> {
         let drv = self.derivations.get(&path)?;
-        if known_outputs(&drv).is_err() || self.will_build.insert(path) {
+        // What its ledger does not know may be known by having been built.
+        if known_outputs(&drv).is_err() && self.is_realised(&path, &drv)? {
+            return Ok(());
+        }
+        if self.will_build.insert(path) {
             for path in &drv.input_srcs {
                 self.want_path(path);
             }
@@ -215,6 +219,15 @@ impl Survey<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Were all wanted outputs built whose paths nobody knew before?
+    fn is_realised(&self, path: &StorePath, drv: &Derivation) -> Result<bool, StoreError> {
+        if drv.kind() == Ok(Kind::Impure) {
+            return Ok(false);
+        }
+        let (known, wanted) = (self.store.known_outputs(path)?, self.wanted.get(path));
+        Ok(drv.outputs.keys().all(|name| known.contains_key(name.as_str()) || wanted.is_some_and(|w| !w.has(name))))
     }
 
     /// What caches said of a path. That one failed is an error, unless what fails is built.

@@ -13,7 +13,8 @@ use crate::sys;
 /// How long processes may take to die; only one that hangs in the kernel takes longer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// An id that is nobody's.
+/// From this id down there is one for each process that is nobody else's: who has the same real id
+/// as a killer may be killed by it, and so must not be another killer.
 const NOBODY_AT_ALL: u32 = u32::MAX - 1;
 
 /// As root: kills all processes of that user, and waits until none is alive.
@@ -22,7 +23,8 @@ pub(crate) fn kill_user(uid: u32) -> Step<()> {
     sys::set_groups(&[]).during("setgroups", killing)?;
     // With the user's id as the effective one we may signal its processes; with the others
     // different, they may not signal us: else they could kill the killer first.
-    if sys::set_uid(NOBODY_AT_ALL, uid, NOBODY_AT_ALL).is_err() {
+    let nobody = NOBODY_AT_ALL - std::process::id();
+    if sys::set_uid(nobody, uid, nobody).is_err() {
         // A user namespace that lacks that id.
         sys::set_uid(uid, uid, uid).during("setresuid", killing)?;
     }

@@ -19,8 +19,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use larder_core::hash::{Algorithm, Hash, Hasher, NarHasher, Sha256Digest};
 use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
+use larder_core::realisation::Realisation;
 use larder_core::refscan::Scanner;
-use larder_core::rewrite::Rewriter;
+use larder_core::rewrite::{ModuloSelf, ModuloSelfHasher, Rewriter};
 use larder_core::store_path::StorePath;
 use larder_fs::canon::CanonError;
 use larder_fs::dump::{self, DumpOptions};
@@ -55,6 +56,10 @@ pub struct Take<'a> {
     /// Hash the archive by this algorithm too.
     pub also: Option<Algorithm>,
 }
+
+/// Hears of a path that nobody else uses before there is anything at it, so that it can be cleaned up
+/// after a crash.
+pub type Announce<'a> = &'a dyn Fn(&std::path::Path) -> Result<(), FileError>;
 
 /// An output in the store directory under a temporary name. Dropped, it is deleted.
 #[derive(Debug)]
@@ -110,11 +115,17 @@ struct Aside {
 
 impl LocalStore {
     /// Takes an output that lies somewhere on the store's file system, its metadata canonical.
-    pub fn take<'s>(&'s self, from: Target<'_>, how: &Take<'_>) -> Result<Taken<'s>, StoreError> {
+    pub fn take<'s>(
+        &'s self,
+        from: Target<'_>,
+        how: &Take<'_>,
+        announce: Announce<'_>,
+    ) -> Result<Taken<'s>, StoreError> {
         if how.way == Way::Copy || !how.rewrites.is_empty() {
-            return self.take_copy(from, how);
+            return self.take_copy(from, how, announce);
         }
         let mut incoming = self.temporary()?;
+        announce(&self.layout().real_store.join(&incoming.entry))?;
         let dir = self.store_fd()?;
         move_here(from, dir, &incoming.entry).map_err(|e| {
             FileError::new("renaming to", self.layout().real_store.join(&incoming.entry), io::Error::from(e))
@@ -134,8 +145,14 @@ impl LocalStore {
         Ok(Taken { incoming, also: also.map(Hasher::finish) })
     }
 
-    fn take_copy<'s>(&'s self, from: Target<'_>, how: &Take<'_>) -> Result<Taken<'s>, StoreError> {
+    fn take_copy<'s>(
+        &'s self,
+        from: Target<'_>,
+        how: &Take<'_>,
+        announce: Announce<'_>,
+    ) -> Result<Taken<'s>, StoreError> {
         let mut intake = self.receive(Some(how.candidates.clone()))?;
+        announce(&self.layout().real_store.join(intake.entry()))?;
         let mut rewriter = Rewriter::new(how.rewrites.iter().copied());
         let mut also = how.also.map(Hasher::new);
         let mut take = |bytes: &[u8]| {
@@ -195,13 +212,53 @@ impl LocalStore {
         Ok(Some(hasher.finish()))
     }
 
-    /// Registers all outputs of a build, or none, durably.
+    /// Makes a taken output anew with hash parts replaced.
+    pub fn retake<'s>(
+        &'s self,
+        taken: &Taken<'s>,
+        how: &Take<'_>,
+        announce: Announce<'_>,
+    ) -> Result<Taken<'s>, StoreError> {
+        let dir = self.store_fd()?;
+        self.take_copy(Target { dir, name: taken.entry(), dir_path: &self.layout().real_store }, how, announce)
+    }
+
+    /// The hash of the archive of a taken output with hash parts replaced, modulo its own hash part.
+    pub fn hash_modulo_self(
+        &self,
+        taken: &Taken<'_>,
+        rewrites: &[(HashPart, HashPart)],
+        algorithm: Algorithm,
+        own: HashPart,
+    ) -> Result<ModuloSelf, StoreError> {
+        let mut rewriter = Rewriter::new(rewrites.iter().copied());
+        let mut hasher = ModuloSelfHasher::new(algorithm, own);
+        let mut rewritten = Vec::new();
+        let target = Target { dir: self.store_fd()?, name: taken.entry(), dir_path: &self.layout().real_store };
+        self.dump_entry(target, |bytes| {
+            rewritten.clear();
+            rewriter.push(bytes, &mut rewritten);
+            hasher.push(&rewritten);
+            Ok(())
+        })?;
+        rewritten.clear();
+        rewriter.finish(&mut rewritten);
+        hasher.push(&rewritten);
+        Ok(hasher.finish())
+    }
+
+    /// Registers all outputs of a build with what they realise, or none, durably.
     ///
     /// An output that is valid already is replaced, and its record says so.
-    pub fn register_outputs(&self, outputs: Vec<Output<'_>>) -> Result<(), StoreError> {
+    pub fn register_outputs(
+        &self,
+        outputs: Vec<Output<'_>>,
+        realised: &[Realisation],
+        announce: Announce<'_>,
+    ) -> Result<(), StoreError> {
         let mut placed: Vec<StorePath> = Vec::new();
         let mut aside: Vec<Aside> = Vec::new();
-        let done = self.place_and_register(outputs, &mut placed, &mut aside);
+        let done = self.place_and_register(outputs, realised, announce, &mut placed, &mut aside);
         if done.is_err() {
             // Nothing of it is in the ledger.
             for path in &placed {
@@ -223,6 +280,8 @@ impl LocalStore {
     fn place_and_register(
         &self,
         outputs: Vec<Output<'_>>,
+        realised: &[Realisation],
+        announce: Announce<'_>,
         placed: &mut Vec<StorePath>,
         aside: &mut Vec<Aside>,
     ) -> Result<(), StoreError> {
@@ -243,7 +302,9 @@ impl LocalStore {
             let name = OsString::from(info.path.to_string());
             let real = self.layout().real_store.join(&name);
             let replaced = if self.is_valid(&info.path)? {
-                replace(dir, &taken.incoming.entry, &name, &old_name(&info.path))
+                let old = old_name(&info.path);
+                announce(&self.layout().real_store.join(&old))?;
+                replace(dir, &taken.incoming.entry, &name, &old)
             } else {
                 self.remove_entry(&name)?;
                 rustix::fs::renameat(dir, &taken.incoming.entry, dir, &name).map(|()| None)
@@ -262,7 +323,24 @@ impl LocalStore {
             let synced = if large { rustix::fs::syncfs(dir) } else { larder_fs::sync::sync_dir(dir) };
             synced.map_err(|e| FileError::new("syncing", &self.layout().real_store, io::Error::from(e)))?;
         }
-        self.ledger()?.register(batch).map_err(|error| StoreError::from(error).in_dir(self.dir()))
+        if realised.is_empty() {
+            return self.ledger()?.register(batch).map_err(|error| StoreError::from(error).in_dir(self.dir()));
+        }
+        let known = self.realisations(realised.iter().map(|realisation| &realisation.id))?;
+        let mut united = Vec::with_capacity(realised.len());
+        for realisation in realised {
+            united.push(self.unite(known.get(&realisation.id), realisation)?);
+        }
+        let written = self.ledger()?.write(|txn| {
+            if !batch.is_empty() {
+                txn.register(batch)?;
+            }
+            for realisation in &united {
+                txn.set_realisation(&realisation.id.to_string(), realisation.to_json().as_bytes())?;
+            }
+            Ok::<_, StoreError>(())
+        });
+        written.map_err(|error| error.in_dir(self.dir()))
     }
 
     /// Registers an object whose path follows from its contents, unless it is valid by now.

@@ -51,7 +51,7 @@ impl ReadStore for LocalStore {
     }
 
     fn derivation_outputs(&self, drv: &StorePath) -> Result<BTreeMap<OutputName, Option<StorePath>>, ApiError> {
-        let mut known = self.derivation_outputs(drv)?;
+        let mut known = self.known_outputs(drv)?;
         let drv = self.derivation(drv)?;
         let outputs = drv
             .outputs
@@ -61,9 +61,7 @@ impl ReadStore for LocalStore {
     }
 
     fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, ApiError> {
-        let found = self.read(|txn| Ok(txn.realisation(&id.to_string())?))?;
-        let read = found.map(|json| Realisation::from_json(&json)).transpose();
-        Ok(read.map_err(StoreError::from)?)
+        Ok(self.realisations([id])?.remove(id))
     }
 
     fn closure(&self, paths: &BTreeSet<StorePath>, include_outputs: bool) -> Result<BTreeSet<StorePath>, ApiError> {
@@ -91,7 +89,7 @@ impl LocalStore {
         self.output_ids_of(&self.derivation(path)?)
     }
 
-    /// The same for a derivation that need not lie in the store.
+    /// The same of one that may not lie in the store; what it is made of does.
     pub fn output_ids_of(&self, drv: &Derivation) -> Result<larder_core::hash::Sha256Digest, StoreError> {
         let mut memo = self.derivations.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let modulo = memo.modulo(self.dir(), drv, Mask::On, |input| self.derivation(input).map_err(Box::new));

@@ -96,6 +96,7 @@ impl LocalStore {
             if !budget.is_spent() {
                 self.sweep_dead(broom, &survey, seed, &mut budget)?;
             }
+            self.forget_realisations()?;
             if let Some(limit) = budget.limit.filter(|_| budget.is_spent()) {
                 say(format_args!("deleted more than {limit} bytes; stopping"));
             }

@@ -100,7 +100,7 @@ impl LocalStore {
             }
             if delivery.claimed.replace {
                 let Delivery { incoming, info, claimed } = delivery;
-                let done = self.register_outputs(vec![Output { taken: Taken::of(incoming), info }]);
+                let done = self.register_outputs(vec![Output { taken: Taken::of(incoming), info }], &[], &|_| Ok(()));
                 results.push(done.and_then(|()| Ok(claimed.locks.release()?)));
             } else {
                 group.push(delivery);

@@ -131,6 +131,11 @@ pub enum StoreError {
     Api(#[from] larder_core::api::StoreError),
     #[error(transparent)]
     Realisation(#[from] larder_core::realisation::RealisationError),
+    #[error(
+        "Trying to register a realisation of '{id}', but we already have another one locally.\n\
+         Local:  {local}\nRemote: {remote}"
+    )]
+    RealisedOtherwise { id: String, local: String, remote: String },
     /// The reporter said that the user wants to stop.
     #[error("interrupted by the user")]
     Interrupted,

@@ -76,6 +76,11 @@ pub(crate) struct Intake<'s> {
 }
 
 impl<'s> Intake<'s> {
+    /// Its temporary name in the store directory.
+    pub(crate) fn entry(&self) -> &std::ffi::OsStr {
+        &self.incoming.entry
+    }
+
     /// Takes what belongs to the archive off the front of `input`.
     pub(crate) fn push(&mut self, input: &mut &[u8]) -> Result<(), StoreError> {
         self.incoming.store.check_interrupt()?;

@@ -18,6 +18,7 @@ pub mod ingest;
 pub mod local;
 pub mod optimise;
 pub mod plan;
+mod realisations;
 pub mod rebuild;
 mod receive;
 pub mod register;

@@ -335,8 +335,7 @@ impl LocalStore {
 
     /// Notes what an output was built as.
     pub fn add_realisation(&self, realisation: &larder_core::realisation::Realisation) -> Result<(), StoreError> {
-        let (id, json) = (realisation.id.to_string(), realisation.to_json());
-        self.ledger()?.write(|txn| Ok::<_, StoreError>(txn.set_realisation(&id, json.as_bytes())?))
+        self.register_realisations(std::slice::from_ref(realisation))
     }
 }
 

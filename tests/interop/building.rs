@@ -29,7 +29,7 @@ fn build(command: &dyn Fn() -> Command, derivations: &[String]) -> (String, BTre
 }
 
 /// Registrations, a list of lines for each path.
-fn records(dump: &str) -> BTreeMap<&str, Vec<&str>> {
+pub(super) fn records(dump: &str) -> BTreeMap<&str, Vec<&str>> {
     let mut records = BTreeMap::new();
     let mut lines = dump.lines();
     while let Some(path) = lines.next() {

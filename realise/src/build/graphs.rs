@@ -146,7 +146,7 @@ fn exported(
     let mut all = store.closure(roots)?;
     let mut outputs = BTreeSet::new();
     for drv in all.iter().filter(|path| path.is_derivation()) {
-        outputs.extend(store.derivation_outputs(drv)?.into_values());
+        outputs.extend(store.known_outputs(drv)?.into_values());
     }
     if !outputs.is_empty() {
         all.extend(store.closure(&outputs)?);

@@ -3,7 +3,8 @@
 //!
 //! Each running build has a file `$V/larder/builds/<pid>-<n>`, locked while it runs. A file that
 //! nobody has locked belongs to a build that died. Records are `KIND TEXT NUL`:
-//! - `making PATH`: a build directory is about to be made under a name that nobody else uses;
+//! - `making PATH`: a build directory, or an output on its way into the store, is about to be made
+//!   under a name that nobody else uses;
 //! - `made DEVICE:INODE PATH`: it gets this name, and is deleted if it still is that;
 //! - `user UID`: processes of this build user are ours, unless someone else has taken its lock;
 //! - `entry DEVICE:INODE NAME`: an entry of the store directory (a sandbox's root), as above.
@@ -175,7 +176,7 @@ fn clean_one(store: &LocalStore, path: &Path, kill: &dyn Fn(u32) -> io::Result<(
         match record {
             Record::Making(path) => {
                 let ours = rustix::process::geteuid().as_raw();
-                if std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir() && meta.uid() == ours) {
+                if std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.uid() == ours) {
                     remove::remove_path(&path, OnFailure::Stop).map_err(FileError::from)?;
                 }
             }

@@ -18,6 +18,7 @@ pub mod users;
 mod chroot;
 mod compare;
 mod failure;
+mod floating;
 mod graphs;
 mod outputs;
 mod run;
@@ -122,6 +123,11 @@ impl Build<'_> {
         self.store.dir().full(&self.job.drv_path)
     }
 
+    /// Do the paths follow from what is built?
+    fn is_floating(&self) -> bool {
+        matches!(self.kind, Kind::Floating | Kind::Impure)
+    }
+
     fn say(&self, level: Level, text: std::fmt::Arguments<'_>) {
         self.store.reporter().message(level, text);
     }
@@ -146,18 +152,18 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
     let attributes = Attributes::new(&job.drv_path, &job.drv)?;
     let kind = job.drv.kind().map_err(|error| input(format!("derivation '{shown_drv}' {error}")))?;
     check_platform(&shown_drv, settings, job, &attributes)?;
-    if !kind.has_paths() {
-        let text = format!("derivation '{shown_drv}' has outputs whose paths are not known, which cannot be built yet");
+    if kind == Kind::Deferred {
+        // The driver builds what they become.
+        let text = format!("derivation '{shown_drv}' has outputs whose paths follow from what its inputs are built as");
         return Err(input(text));
     }
-    let paths: BTreeMap<OutputName, StorePath> =
-        job.drv.output_paths().filter_map(|(name, path)| Some((name.clone(), path?.clone()))).collect();
-    // Roots come before the question what is valid.
-    store.add_temp_roots(paths.values())?;
-    let mut locks = match lock(store, paths.values())? {
+    let mut locks = match lock(store, &floating::places_to_lock(store, job))? {
         Ok(locks) => locks,
         Err(path) => return Ok(Outcome::Locked { path }),
     };
+    let paths = floating::paths(store, job, kind)?;
+    // Roots come before the question what is valid.
+    store.add_temp_roots(paths.values())?;
     let valid = store.valid_subset(&paths.values().cloned().collect())?;
     let done = |locks: Vec<PathLocks>| {
         // What is valid needs no lock any more, so that nobody needs the files.
@@ -179,24 +185,8 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
         }
         _ => {}
     }
-    if settings.values.build_cache_failure && job.mode == Mode::Normal {
-        for path in paths.values() {
-            if store.failed_before(path)? {
-                let text = format!("builder for '{}' failed previously (cached)", store.dir().display(path));
-                return Err(Failure::new(FailureKind::Cached, text));
-            }
-        }
-    }
-    let mut outputs = BTreeMap::new();
-    for (name, path) in &paths {
-        let known = if valid.contains(path) { Some(store.info(path)?) } else { None };
-        let wanted = match (job.mode, &known) {
-            (_, None) | (Mode::Check, _) => true,
-            (Mode::Normal, Some(_)) => false,
-            (Mode::Repair, Some(info)) => !store.contents_are_good(info)?,
-        };
-        outputs.insert(name.clone(), Place { path: path.clone(), scratch: path.clone(), wanted, known });
-    }
+    refuse_remembered(store, settings, job, paths.values())?;
+    let outputs = places(store, job, kind, &paths, &valid)?;
     if !outputs.values().any(|place| place.wanted) {
         done(locks)?;
         return Ok(Outcome::AlreadyValid { outputs: paths });
@@ -205,7 +195,7 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
     let mut build = Build { store, settings, job, watch, attributes, kind, inputs, outputs, rewrites: Vec::new() };
     let sandboxed = chroot::decide(&build)?;
     let Some(user) = build_user(&build)? else { return Ok(Outcome::NoBuildUser) };
-    for place in build.outputs.values().filter(|place| place.known.is_none()) {
+    for place in build.outputs.values().filter(|place| place.known.is_none() || build.is_floating()) {
         store.remove_entry(OsStr::new(&place.path.to_string()))?;
     }
     watch.started();
@@ -213,17 +203,33 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
         // A sandbox that the kernel does not allow.
         Err(run::Stopped::NoSandbox(reason)) => without_sandbox(&mut build, user.as_ref(), &reason),
         Err(run::Stopped::Failed(failure)) => Err(failure),
-        Ok(()) => Ok(()),
+        Ok(made) => Ok(made),
     };
-    if let Err(failure) = result {
-        let is_builders = failure.kind == FailureKind::Permanent && kind != Kind::Fixed;
-        if settings.values.build_cache_failure && is_builders {
-            store.remember_failed(paths.values())?;
+    let made = match result {
+        Ok(made) => made,
+        Err(failure) => {
+            let is_builders = failure.kind == FailureKind::Permanent && kind != Kind::Fixed;
+            if settings.values.build_cache_failure && is_builders {
+                store.remember_failed(paths.values())?;
+            }
+            return Err(failure);
         }
-        return Err(failure);
-    }
+    };
+    let is_floating = build.is_floating();
     drop(user);
     done(locks)?;
+    // Each has its path now.
+    let paths: BTreeMap<OutputName, StorePath> = if is_floating && job.mode != Mode::Check {
+        paths
+            .into_iter()
+            .map(|(name, path)| {
+                let path = made.get(&name).map_or(path, |info| info.path.clone());
+                (name, path)
+            })
+            .collect()
+    } else {
+        paths
+    };
     if job.mode != Mode::Check {
         let registered = paths.values().cloned().collect();
         hooks::post_build(
@@ -238,8 +244,51 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
     Ok(Outcome::Built { outputs: paths })
 }
 
+/// A failure that is remembered is one now (`build-cache-failure`).
+fn refuse_remembered<'a>(
+    store: &LocalStore,
+    settings: &BuildSettings,
+    job: &Job,
+    paths: impl Iterator<Item = &'a StorePath>,
+) -> Result<(), Failure> {
+    if !settings.values.build_cache_failure || job.mode != Mode::Normal {
+        return Ok(());
+    }
+    for path in paths {
+        if store.failed_before(path)? {
+            let text = format!("builder for '{}' failed previously (cached)", store.dir().display(path));
+            return Err(Failure::new(FailureKind::Cached, text));
+        }
+    }
+    Ok(())
+}
+
+/// Where each output is to be made, and what is known of it.
+fn places(
+    store: &LocalStore,
+    job: &Job,
+    kind: Kind,
+    paths: &BTreeMap<OutputName, StorePath>,
+    valid: &BTreeSet<StorePath>,
+) -> Result<BTreeMap<OutputName, Place>, Failure> {
+    let scratch = floating::scratch_paths(store, job, kind)?;
+    let mut outputs = BTreeMap::new();
+    for (name, path) in paths {
+        let known = if valid.contains(path) { Some(store.info(path)?) } else { None };
+        let wanted = match (job.mode, &known) {
+            (_, None) | (Mode::Check, _) => true,
+            (Mode::Normal, Some(_)) => false,
+            (Mode::Repair, Some(info)) => !store.contents_are_good(info)?,
+        };
+        // What is made where nobody knows yet where it belongs has the scratch path for its own.
+        let path = scratch.get(name).unwrap_or(path);
+        outputs.insert(name.clone(), Place { path: path.clone(), scratch: path.clone(), wanted, known });
+    }
+    Ok(outputs)
+}
+
 /// Builds once more without a sandbox, if that is allowed, and says so.
-fn without_sandbox(build: &mut Build<'_>, user: Option<&BuildUser>, reason: &str) -> Result<(), Failure> {
+fn without_sandbox(build: &mut Build<'_>, user: Option<&BuildUser>, reason: &str) -> Result<run::Made, Failure> {
     let drv = build.shown_drv();
     let layout = build.store.layout();
     let can =
@@ -304,17 +353,13 @@ fn check_platform(
 }
 
 /// Locks all outputs or none; then, the one that somebody else has.
-fn lock<'a>(
-    store: &LocalStore,
-    paths: impl Iterator<Item = &'a StorePath>,
-) -> Result<Result<Vec<PathLocks>, PathBuf>, Failure> {
-    let sorted: BTreeSet<PathBuf> = paths.map(|path| store.layout().real_path(path)).collect();
+fn lock(store: &LocalStore, sorted: &BTreeSet<PathBuf>) -> Result<Result<Vec<PathLocks>, PathBuf>, Failure> {
     let mut locks = Vec::with_capacity(sorted.len());
     for path in sorted {
         // One by one in their order is as good as all at once, and tells which is taken.
-        match PathLocks::acquire([&path], &store.options().held_locks, Wait::No)? {
+        match PathLocks::acquire([path], &store.options().held_locks, Wait::No)? {
             Some(lock) => locks.push(lock),
-            None => return Ok(Err(path)),
+            None => return Ok(Err(path.clone())),
         }
     }
     Ok(Ok(locks))
@@ -371,7 +416,7 @@ impl Build<'_> {
         self.rewrites.clear();
         for place in self.outputs.values_mut() {
             place.scratch = place.path.clone();
-            if !sandboxed && place.known.is_some() {
+            if !sandboxed && place.known.is_some() && self.kind.has_paths() {
                 place.scratch = scratch_path_beside(self.store.dir(), &self.job.drv_path, &place.path);
                 self.rewrites.push((place.path.hash_part(), place.scratch.hash_part()));
             }
@@ -389,7 +434,8 @@ impl Build<'_> {
     /// left in places that are not valid.
     fn discard(&self, failed: bool) {
         for place in self.outputs.values() {
-            if place.scratch != place.path || (failed && place.known.is_none()) {
+            let is_scratch = place.scratch != place.path || !self.kind.has_paths();
+            if is_scratch || (failed && place.known.is_none()) {
                 // What stays is deleted by the next build or collection.
                 drop(self.store.remove_entry(OsStr::new(&place.scratch.to_string())));
             }

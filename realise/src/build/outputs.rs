@@ -9,24 +9,28 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use larder_core::content_address::{ContentAddress, Method};
 use larder_core::derivation::{Output as Declared, OutputMethod, OutputName};
 use larder_core::hash::{Algorithm, Encoding, Hash};
 use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
-use larder_core::signature::SecretKey;
 use larder_core::store_path::StorePath;
 use larder_fs::canon::{self, CanonError, CanonOptions, Origin, Seen};
 use larder_fs::entry::Target;
 use larder_fs::file_error::FileError;
+use larder_fs::lock_file::Wait;
+use larder_fs::path_lock::{OnRelease, PathLocks};
 use larder_store::StoreError;
 use larder_store::adopt::{Output, Take, Taken, Way, is_missing};
 use rustix::fs::{AtFlags, FileType};
 
-use super::{Build, checks};
+use super::journal::Journal;
+use super::tempdir::Notes as _;
+use super::{Build, Place, checks, floating};
 use crate::job::{Failure, FailureKind, Mode};
+use crate::signing::sign_path;
 
 /// Where the builder's outputs lie.
 #[derive(Debug)]
@@ -37,6 +41,7 @@ pub(super) struct Left<'a> {
     /// Who made them.
     pub uids: RangeInclusive<u32>,
     pub way: Way,
+    pub journal: &'a Journal,
 }
 
 impl<'a> Left<'a> {
@@ -45,7 +50,7 @@ impl<'a> Left<'a> {
     }
 }
 
-fn rejected(text: String) -> Failure {
+pub(super) fn rejected(text: String) -> Failure {
     Failure::new(FailureKind::OutputRejected, text)
 }
 
@@ -88,7 +93,7 @@ pub(super) fn collect<'s>(build: &Build<'s>, left: &Left<'_>) -> Result<Collecte
             _ => None,
         };
         let take = Take { way: left.way, candidates: &candidates, rewrites: &rewrites, also };
-        let taken = build.store.take(left.target(OsStr::new(&entry)), &take)?;
+        let taken = build.store.take(left.target(OsStr::new(&entry)), &take, &|path| left.journal.making(path))?;
         let info = describe(build, name, &place.path, &taken);
         collected.insert(name.clone(), Output { taken, info });
     }
@@ -156,12 +161,16 @@ fn discards_references(build: &Build<'_>, name: &OutputName) -> bool {
 
 /// Checks a fixed output against its hash. What came instead is registered under the path that
 /// belongs to it, so that a corrected derivation finds it.
-pub(super) fn check_fixed<'s>(build: &Build<'s>, mut collected: Collected<'s>) -> Result<Collected<'s>, Failure> {
+pub(super) fn check_fixed<'s>(
+    build: &Build<'s>,
+    mut collected: Collected<'s>,
+    journal: &Journal,
+) -> Result<Collected<'s>, Failure> {
     let fixed = build.job.drv.outputs.iter().find_map(|(name, output)| match output {
         Declared::Fixed { address, .. } => Some((name, address)),
         _ => None,
     });
-    let Some((name, address)) = fixed else { return Ok(collected) };
+    let Some((name, address)) = fixed else { return floating::settle(build, collected, journal) };
     let Some(output) = collected.remove(name) else { return Ok(collected) };
     let (wanted, got, actual) = found_address(build, address, &output.taken)?;
     if wanted == got {
@@ -190,7 +199,7 @@ pub(super) fn check_fixed<'s>(build: &Build<'s>, mut collected: Collected<'s>) -
         let mut output = output;
         output.info.path = path;
         output.info.content_address = Some(actual);
-        sign(build, &mut output.info)?;
+        sign_path(&build.settings.values, build.store.dir(), &mut output.info)?;
         build.store.register_content(output)?;
     }
     Err(Failure::new(FailureKind::HashMismatch, text))
@@ -228,30 +237,48 @@ fn found_address(
     })
 }
 
-/// Signs with all keys of `secret-key-files`.
-pub(super) fn sign(build: &Build<'_>, info: &mut PathInfo) -> Result<(), Failure> {
-    for file in &build.settings.values.secret_key_files {
-        let text =
-            std::fs::read_to_string(file).map_err(|e| Failure::from(FileError::new("reading secret key", file, e)))?;
-        let key = SecretKey::parse(text.trim()).map_err(|e| Failure::of(FailureKind::Misc, &e))?;
-        let signature = key.sign_path(build.store.dir(), info).map_err(|e| Failure::of(FailureKind::Misc, &e))?;
-        info.signatures.insert(signature);
-    }
-    Ok(())
-}
-
 /// Checks what the derivation asks for, signs, and registers everything at once.
-pub(super) fn register(build: &Build<'_>, collected: Collected<'_>) -> Result<(), Failure> {
+pub(super) fn register(build: &Build<'_>, collected: Collected<'_>, journal: &Journal) -> Result<(), Failure> {
     let closure = |paths: &BTreeSet<StorePath>| Ok(build.store.infos(&build.store.closure(paths)?)?);
+    let path_of = |name: &OutputName, place: &Place| {
+        collected.get(name).map_or_else(|| place.path.clone(), |output| output.info.path.clone())
+    };
     let outputs: BTreeMap<OutputName, StorePath> =
-        build.outputs.iter().map(|(name, place)| (name.clone(), place.path.clone())).collect();
+        build.outputs.iter().map(|(name, place)| (name.clone(), path_of(name, place))).collect();
     let known =
         checks::Known { dir: build.store.dir(), drv_path: &build.job.drv_path, outputs: &outputs, closure: &closure };
     checks::check(&infos(&collected), &build.attributes, &known)?;
+    let realised = floating::realisations(build, collected.iter().map(|(name, output)| (name, &output.info)))?;
+    // Paths that nobody knew before are not locked yet.
+    let mut locks = Vec::new();
+    if build.is_floating() {
+        let sorted: BTreeSet<&StorePath> = collected.values().map(|output| &output.info.path).collect();
+        build.store.add_temp_roots(sorted.iter().copied())?;
+        let real: Vec<PathBuf> = sorted.into_iter().map(|path| build.store.layout().real_path(path)).collect();
+        locks.extend(PathLocks::acquire(&real, &build.store.options().held_locks, Wait::Yes(&mut |_| {}))?);
+    }
     let mut outputs = Vec::with_capacity(collected.len());
-    for mut output in collected.into_values() {
-        sign(build, &mut output.info)?;
+    for (name, mut output) in collected {
+        let Some(place) = build.outputs.get(&name) else { continue };
+        if build.is_floating() {
+            let path = &output.info.path;
+            if place.known.as_ref().is_some_and(|known| known.path != *path) {
+                let (drv, known) = (build.shown_drv(), build.store.dir().full(path));
+                let text = format!("derivation '{drv}' may not be deterministic: output '{known}' differs");
+                return Err(Failure::new(FailureKind::NotDeterministic, text));
+            }
+            // The same contents are there: those stay.
+            if build.job.mode == Mode::Normal && build.store.is_valid(path)? {
+                continue;
+            }
+        }
+        sign_path(&build.settings.values, build.store.dir(), &mut output.info)?;
         outputs.push(output);
     }
-    Ok(build.store.register_outputs(outputs)?)
+    build.store.register_outputs(outputs, &realised, &|path| journal.making(path))?;
+    for mut lock in locks {
+        lock.on_release(OnRelease::Delete);
+        lock.release()?;
+    }
+    Ok(())
 }

@@ -44,7 +44,7 @@ impl<E: Into<Failure>> From<E> for Stopped {
 }
 
 /// Builds, several times if `repeat` says so, and registers or compares the outputs.
-pub(super) fn rounds(build: &mut Build<'_>, sandboxed: bool, user: Option<&BuildUser>) -> Result<(), Stopped> {
+pub(super) fn rounds(build: &mut Build<'_>, sandboxed: bool, user: Option<&BuildUser>) -> Result<Made, Stopped> {
     build.place(sandboxed)?;
     let result = rounds_placed(build, sandboxed, user);
     if !sandboxed {
@@ -53,21 +53,23 @@ pub(super) fn rounds(build: &mut Build<'_>, sandboxed: bool, user: Option<&Build
     result
 }
 
-fn rounds_placed(build: &Build<'_>, sandboxed: bool, user: Option<&BuildUser>) -> Result<(), Stopped> {
+fn rounds_placed(build: &Build<'_>, sandboxed: bool, user: Option<&BuildUser>) -> Result<Made, Stopped> {
     let values = &build.settings.values;
     // What has a known hash, or is compared anyway, needs no second time.
-    let repeats = if build.kind == Kind::Fixed || build.job.mode == Mode::Check { 0 } else { values.repeat };
+    let repeats = if matches!(build.kind, Kind::Fixed | Kind::Impure) || build.job.mode == Mode::Check {
+        0
+    } else {
+        values.repeat
+    };
     let mut before = None;
-    for round in 0..=repeats {
-        let last = round == repeats;
-        let infos = once(build, sandboxed, user, before.as_ref(), last)?;
-        before = Some(infos);
-        if !sandboxed && !last {
+    for _ in 0..repeats {
+        before = Some(once(build, sandboxed, user, before.as_ref(), false)?);
+        if !sandboxed {
             // Out of the way of the next builder, which may not be able to replace it.
             build.discard(true);
         }
     }
-    Ok(())
+    once(build, sandboxed, user, before.as_ref(), true)
 }
 
 /// What a round made: hash and references of each output.
@@ -122,16 +124,22 @@ fn once(
                 uids: uid..=uid,
                 // Its network is shared with processes that it may have handed descriptors to.
                 way: if matches!(build.kind, Kind::Fixed | Kind::Impure) { Way::Copy } else { Way::Move },
+                journal: &journal,
             },
             None => Left {
                 dir: store.directory()?,
                 dir_path: &store.layout().real_store,
                 uids: uid..=uid,
-                way: if user.is_some() || build.kind == Kind::Fixed { Way::Copy } else { Way::Move },
+                way: if user.is_some() || matches!(build.kind, Kind::Fixed | Kind::Impure) {
+                    Way::Copy
+                } else {
+                    Way::Move
+                },
+                journal: &journal,
             },
         };
         let collected = outputs::collect(build, &left)?;
-        let collected = outputs::check_fixed(build, collected)?;
+        let collected = outputs::check_fixed(build, collected, &journal)?;
         let made: Made = collected.iter().map(|(name, output)| (name.clone(), output.info.clone())).collect();
         if build.job.mode == Mode::Check {
             compare::check(build, collected, owner, &temp)?;
@@ -140,7 +148,7 @@ fn once(
                 compare::rounds(build, before, &made)?;
             }
             if last {
-                outputs::register(build, collected)?;
+                outputs::register(build, collected, &journal)?;
             }
         }
         Ok(made)

@@ -27,7 +27,7 @@ pub(super) fn store_failure(error: &StoreError) -> Failure {
     Failure { kind: FailureKind::Misc, text }
 }
 
-fn rejected(text: String) -> Failure {
+pub(super) fn rejected(text: String) -> Failure {
     Failure { kind: FailureKind::InputRejected, text }
 }
 
@@ -105,14 +105,10 @@ impl Driver<'_> {
                 .map_err(|e| rejected(e.to_string()));
         }
         let derivation = self.derivations.get(drv).map_err(|error| store_failure(&error))?;
-        let outputs = known_outputs(&derivation).map_err(|name| {
-            rejected(format!(
-                "the path of output '{name}' of derivation '{}' is not known before it is built, \
-                 which this version of Larder cannot do",
-                self.store.dir().full(drv)
-            ))
-        })?;
-        Ok(outputs.into_iter().collect())
+        match known_outputs(&derivation) {
+            Ok(outputs) => Ok(outputs.into_iter().collect()),
+            Err(_) => self.realised_or_scratch(drv, &derivation),
+        }
     }
 
     /// Repairing, a path is good only if it has the contents it should have.
@@ -142,14 +138,20 @@ impl Driver<'_> {
         let facts = || {
             let drv = self.derivations.get(path)?;
             let valid = self.store.valid_subset(&drv.input_srcs)?;
-            Ok(Facts {
+            let has_paths = known_outputs(&drv).is_ok();
+            let facts = Facts {
                 inputs: drv.input_drvs.clone(),
                 missing_sources: drv.input_srcs.iter().filter(|path| !valid.contains(*path)).cloned().collect(),
-                allow_substitutes: allows_substitutes(path, &drv, self.settings),
+                // What has no path cannot be asked for.
+                allow_substitutes: has_paths && allows_substitutes(path, &drv, self.settings),
                 unsupported: unsupported(self.store, path, &drv, self.settings).map(Into::into),
-            })
+                resolves: self.resolves(&drv),
+            };
+            Ok((drv, facts))
         };
-        facts().map_err(|error: StoreError| store_failure(&error))
+        let (drv, facts) = facts().map_err(|error: StoreError| store_failure(&error))?;
+        self.check_purity(path, &drv)?;
+        Ok(facts)
     }
 
     /// Answers what can be answered here, and gives back what others are to be asked.
@@ -185,8 +187,7 @@ impl Driver<'_> {
     pub(super) fn damaged_closure(&self, path: &StorePath) -> Result<Vec<(StorePath, Option<StorePath>)>, Failure> {
         let store = self.store;
         let fail = |error: StoreError| store_failure(&error);
-        let drv = self.derivations.get(path).map_err(fail)?;
-        let own: BTreeSet<StorePath> = drv.output_paths().filter_map(|(_, path)| path.cloned()).collect();
+        let own: BTreeSet<StorePath> = store.known_outputs(path).map_err(fail)?.into_values().collect();
         let valid = store.valid_subset(&own).map_err(fail)?;
         let mut bad = Vec::new();
         for other in store.closure(&valid).map_err(fail)? {
@@ -202,7 +203,7 @@ impl Driver<'_> {
             return Ok(bad.into_iter().map(|path| (path, None)).collect());
         }
         for input in store.closure([path]).map_err(fail)?.into_iter().filter(StorePath::is_derivation) {
-            for output in store.derivation_outputs(&input).map_err(fail)?.into_values() {
+            for output in store.known_outputs(&input).map_err(fail)?.into_values() {
                 makers.entry(output).or_insert_with(|| input.clone());
             }
         }

@@ -11,6 +11,7 @@ mod lines;
 mod pool;
 mod progress;
 mod report;
+mod resolve;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -207,10 +208,9 @@ impl<'a> Driver<'a> {
         let on_start = || activities.started();
         let watcher = Watcher::new(self.store, self.listener, job, cancel, &on_start);
         let outcome = self.builder.build(job, &watcher);
-        let names = |outputs: std::collections::BTreeMap<OutputName, StorePath>| outputs.into_keys().collect();
         let built = match outcome {
-            Outcome::Built { outputs } => Built::Valid { outputs: names(outputs), made: true },
-            Outcome::AlreadyValid { outputs } => Built::Valid { outputs: names(outputs), made: false },
+            Outcome::Built { outputs } => Built::Valid { outputs, made: true },
+            Outcome::AlreadyValid { outputs } => Built::Valid { outputs, made: false },
             Outcome::Locked { path } => Built::Locked(path),
             Outcome::NoBuildUser => Built::NoBuildUser,
             Outcome::Failed(failure) => Built::Failed(failure),
@@ -286,6 +286,14 @@ impl Run<'_, '_> {
                     self.activities.expect();
                     let answer = driver.inputs(&drv);
                     events.push_back(Event::Inputs { drv, answer });
+                }
+                Action::Resolve { drv, inputs } => {
+                    let answer = driver.resolve(&drv, &inputs);
+                    events.push_back(Event::Resolved { drv, answer });
+                }
+                Action::Realised { drv, outputs, inputs } => {
+                    let answer = driver.realised(&drv, outputs, &inputs);
+                    events.push_back(Event::Realised { drv, answer });
                 }
                 Action::AskClosure { drv } => {
                     let answer = driver.damaged_closure(&drv);

@@ -171,10 +171,78 @@ impl Plan {
             goal.tried_fetch = false;
             return self.ask(id);
         }
+        if facts.resolves {
+            let inputs = self.input_paths(&facts);
+            self.goal_mut(id).state = State::Resolving;
+            self.asked_here += 1;
+            self.actions.push(Action::Resolve { drv, inputs });
+            return;
+        }
         if let Some(text) = facts.unsupported.clone() {
             return self.fail(id, GoalError::Unsupported { text });
         }
         self.make_ready(id);
+    }
+
+    /// Where the outputs of the inputs are, which are all there.
+    fn input_paths(&self, facts: &Facts) -> BTreeMap<(StorePath, OutputName), StorePath> {
+        let mut paths = BTreeMap::new();
+        for (input, names) in &facts.inputs {
+            let goal = self.ids.get(&Key::Derivation(input.clone())).map(|of| self.goal(*of));
+            for name in names {
+                if let Some(known) = goal.and_then(|goal| goal.outputs.get(name)) {
+                    paths.insert((input.clone(), name.clone()), known.path.clone());
+                }
+            }
+        }
+        paths
+    }
+
+    /// The answer to [`Action::Resolve`].
+    pub(super) fn resolved(&mut self, id: Id, answer: Result<StorePath, Failure>) {
+        if self.stop.is_some() {
+            return;
+        }
+        match answer {
+            Err(failure) => self.fail(id, GoalError::Failed(Arc::new(failure))),
+            Ok(resolved) => {
+                let goal = self.goal(id);
+                let (wanted, mode) = (goal.wanted.clone(), goal.mode);
+                let other = self.want(&Key::Derivation(resolved), &wanted, mode);
+                self.goal_mut(id).resolved = Some(other);
+                self.wait_for(id, State::AwaitingResolved, &[other]);
+            }
+        }
+    }
+
+    /// What it has become is built, or not.
+    pub(super) fn resolved_there(&mut self, id: Id) {
+        let drv = path_of(self.goal(id));
+        let other = self.goal(id).resolved.map(|other| self.goal(other));
+        let Some(other) = other.filter(|_| self.goal(id).waiting.failed() == 0) else {
+            return self.fail(id, GoalError::Resolved { drv });
+        };
+        let outputs = other.outputs.iter().map(|(name, known)| (name.clone(), known.path.clone())).collect();
+        let facts = self.facts(id);
+        let inputs = self.input_paths(&facts);
+        self.goal_mut(id).state = State::Noting;
+        self.asked_here += 1;
+        self.actions.push(Action::Realised { drv, outputs, inputs });
+    }
+
+    /// The answer to [`Action::Realised`].
+    pub(super) fn noted(&mut self, id: Id, answer: Result<BTreeMap<OutputName, Known>, Failure>) {
+        match answer {
+            Err(failure) => self.fail(id, GoalError::Failed(Arc::new(failure))),
+            Ok(outputs) => {
+                let other = self.goal(id).resolved.and_then(|other| self.goal(other).result.as_ref()?.as_ref().ok());
+                let success = other.copied().unwrap_or(Success::AlreadyValid);
+                let goal = self.goal_mut(id);
+                goal.served.add(&Wanted::Only(outputs.keys().cloned().collect()));
+                goal.outputs = outputs;
+                self.succeed(id, success);
+            }
+        }
     }
 
     /// It is done, unless someone wanted another output meanwhile.
@@ -190,7 +258,13 @@ impl Plan {
         match built {
             Built::Valid { outputs, made } => {
                 let goal = self.goal_mut(id);
-                goal.served.add(&Wanted::Only(outputs));
+                for (name, path) in outputs {
+                    goal.served.add(&Wanted::Only([name.clone()].into()));
+                    if let Some(known) = goal.outputs.get_mut(&name) {
+                        // Only now is it known where those are whose paths follow from the contents.
+                        known.path = path;
+                    }
+                }
                 self.succeed(id, if made { Success::Built } else { Success::AlreadyValid });
             }
             Built::Failed(failure) if failure.kind == FailureKind::Cancelled && self.stop.is_some() => {

@@ -50,6 +50,10 @@ pub enum GoalError {
     Unsupported {
         text: Arc<str>,
     },
+    /// What the derivation became could not be built.
+    Resolved {
+        drv: StorePath,
+    },
     /// Some path in the output closure is damaged and stays so.
     ClosureNotRepaired {
         drv: StorePath,
@@ -108,6 +112,7 @@ impl GoalError {
                 write!(f, "some outputs of '{}' are not valid, so checking is not possible", full(drv))
             }
             Self::Unsupported { text } => f.write_str(text),
+            Self::Resolved { drv } => write!(f, "build of '{}' failed", full(drv)),
             Self::ClosureNotRepaired { drv } => {
                 write!(f, "some paths in the output closure of derivation '{}' could not be repaired", full(drv))
             }

@@ -39,7 +39,8 @@ pub struct Target {
     pub wanted: Wanted,
 }
 
-/// An output, and whether it is valid; repairing, whether it also is undamaged.
+/// An output, and whether it is valid (one whose path is not known is not: the path is one that no
+/// other output has, until it is built); repairing, whether it also is undamaged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Known {
     pub path: StorePath,
@@ -55,6 +56,8 @@ pub struct Facts {
     pub allow_substitutes: bool,
     /// Why it cannot be built here, whatever is done.
     pub unsupported: Option<Arc<str>>,
+    /// It is not built itself, but what it becomes once the paths of its inputs are known.
+    pub resolves: bool,
 }
 
 /// What a substituter says about a path.
@@ -84,9 +87,9 @@ pub enum Fetched {
 /// How a build ended, as far as the plan is concerned.
 #[derive(Debug)]
 pub enum Built {
-    /// These outputs are valid now; `made` here, or by someone else.
+    /// These outputs are valid now, and where; `made` here, or by someone else.
     Valid {
-        outputs: BTreeSet<OutputName>,
+        outputs: BTreeMap<OutputName, StorePath>,
         made: bool,
     },
     Failed(Failure),
@@ -125,6 +128,16 @@ pub enum Event {
         drv: StorePath,
         built: Built,
     },
+    /// What the derivation becomes: another one, which is valid.
+    Resolved {
+        drv: StorePath,
+        answer: Result<StorePath, Failure>,
+    },
+    /// The outputs of what it became are known to be its own.
+    Realised {
+        drv: StorePath,
+        answer: Result<BTreeMap<OutputName, Known>, Failure>,
+    },
     /// The time to look again at what waits for other processes.
     Poll,
     /// The user wants to stop.
@@ -145,6 +158,17 @@ pub enum Action {
     },
     AskClosure {
         drv: StorePath,
+    },
+    /// Write down what the derivation becomes with its inputs where they are.
+    Resolve {
+        drv: StorePath,
+        inputs: BTreeMap<(StorePath, OutputName), StorePath>,
+    },
+    /// Note that the outputs of one derivation are those of another, which became it.
+    Realised {
+        drv: StorePath,
+        outputs: BTreeMap<OutputName, StorePath>,
+        inputs: BTreeMap<(StorePath, OutputName), StorePath>,
     },
     /// Is it valid, or who has it? Substituters up to and with number `after` were tried.
     /// `verify`: being valid is not enough.

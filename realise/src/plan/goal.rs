@@ -91,6 +91,12 @@ pub(super) enum State {
     /// Waits for outputs to be fetched.
     FetchingOutputs,
     AwaitingInputs,
+    /// Asked what it becomes with its inputs.
+    Resolving,
+    /// Waits for what it has become.
+    AwaitingResolved,
+    /// Asked to note what it was built as.
+    Noting,
     /// Waits for what the path will refer to.
     AwaitingReferences,
     /// Could run, and waits for a slot.
@@ -164,6 +170,8 @@ pub(super) struct Goal {
     // Of a derivation.
     pub(super) outputs: BTreeMap<OutputName, Known>,
     pub(super) facts: Option<Arc<Facts>>,
+    /// What it has become, and how that went.
+    pub(super) resolved: Option<Id>,
     pub(super) tried_fetch: bool,
     pub(super) again: Again,
     /// More outputs were wanted while some were fetched.
@@ -193,6 +201,7 @@ impl Goal {
             told_parked: false,
             outputs: BTreeMap::new(),
             facts: None,
+            resolved: None,
             tried_fetch: false,
             again: Again::No,
             restart: false,

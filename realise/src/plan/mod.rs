@@ -8,6 +8,7 @@
 //! - [`exchange`]: options, events and actions;
 //! - [`goal`]: what is known of one goal;
 //! - `derivation`, `path`: what a goal of either sort does next;
+//! - `schedule`: which of those that could run do, and when;
 //! - [`error`]: why it failed.
 //!
 //! Source: building, sections 1 to 3 and 13.
@@ -17,13 +18,13 @@ pub mod error;
 pub mod exchange;
 pub mod goal;
 mod path;
+mod schedule;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use larder_core::derivation::OutputName;
 use larder_core::store_path::StorePath;
 
 use self::error::Class;
@@ -122,6 +123,18 @@ impl Plan {
                     self.closure(id, answer);
                 }
             }
+            Event::Resolved { drv, answer } => {
+                if let Some(id) = self.asked(&Key::Derivation(drv), State::Resolving) {
+                    self.asked_here -= 1;
+                    self.resolved(id, answer);
+                }
+            }
+            Event::Realised { drv, answer } => {
+                if let Some(id) = self.asked(&Key::Derivation(drv), State::Noting) {
+                    self.asked_here -= 1;
+                    self.noted(id, answer);
+                }
+            }
             Event::Offer { path, offer } => {
                 if let Some(id) = self.asked(&Key::Path(path), State::Asking) {
                     self.asked_there -= 1;
@@ -139,7 +152,7 @@ impl Plan {
                 if let Some(id) = self.asked(&Key::Derivation(drv), State::Running) {
                     self.running_builds -= 1;
                     self.release(id, |name| match &built {
-                        Built::Valid { outputs, .. } => name.is_some_and(|name| outputs.contains(name)),
+                        Built::Valid { outputs, .. } => name.is_some_and(|name| outputs.contains_key(name)),
                         _ => false,
                     });
                     for waiting in std::mem::take(&mut self.parked_for_user) {
@@ -332,7 +345,7 @@ impl Plan {
     /// Tells of a failed goal that someone needs. That nobody has a path is worth a word only
     /// where there is no other way to get it.
     fn tell_failure(&mut self, id: Id, class: Class, needed: State) {
-        let no_other_way = matches!(needed, State::AwaitingInputs | State::RepairingClosure);
+        let no_other_way = matches!(needed, State::AwaitingInputs | State::AwaitingResolved | State::RepairingClosure);
         if class != Class::Real && !no_other_way {
             return;
         }
@@ -408,156 +421,10 @@ impl Plan {
             State::FetchingOutputs => self.outputs_fetched(id),
             State::AwaitingInputs => self.inputs_there(id),
             State::RepairingClosure => self.closure_repaired(id),
+            State::AwaitingResolved => self.resolved_there(id),
             State::AwaitingReferences => self.references_there(id),
             _ => {}
         }
-    }
-
-    fn make_ready(&mut self, id: Id) {
-        let goal = self.goal_mut(id);
-        goal.state = State::Ready;
-        let entry = (goal.key.clone(), id);
-        match entry.0 {
-            Key::Path(_) => self.ready_paths.insert(entry),
-            Key::Derivation(_) => self.ready_derivations.insert(entry),
-        };
-    }
-
-    /// Lets a goal wait for another process, and tells so the first time.
-    fn park(&mut self, id: Id, notice: Notice) {
-        match notice {
-            Notice::WaitsForUser { .. } => self.parked_for_user.push(id),
-            _ => self.parked.push(id),
-        }
-        let goal = self.goal_mut(id);
-        goal.state = State::Parked;
-        if !std::mem::replace(&mut goal.told_parked, true) {
-            self.actions.push(Action::Tell(notice));
-        }
-        if !self.polling {
-            self.polling = true;
-            self.actions.push(Action::PollLater);
-        }
-    }
-
-    /// Starts what may start: paths first, then derivations, each in order.
-    fn start_ready(&mut self) {
-        if self.asked_here > 0 {
-            return;
-        }
-        while self.stop.is_none() {
-            let fetch = self.running_fetches < self.options.max_fetches.max(1) && !self.ready_paths.is_empty();
-            let next = if fetch {
-                self.ready_paths.pop_first()
-            } else if self.running_builds < self.options.max_jobs {
-                self.ready_derivations.pop_first()
-            } else {
-                None
-            };
-            let Some((_, id)) = next else { return };
-            self.start(id);
-        }
-    }
-
-    /// Runs a goal, unless another makes, or has made, the same.
-    fn start(&mut self, id: Id) {
-        let goal = self.goal(id);
-        let beaten = goal.makes().find(|path| self.making.contains_key(*path)).cloned();
-        if let Some(path) = beaten {
-            self.goal_mut(id).state = State::Beaten;
-            self.making.entry(path).or_default().push(id);
-            return;
-        }
-        if goal.mode == Mode::Normal {
-            let there = match goal.key {
-                Key::Path(ref path) => self.made.contains(path),
-                Key::Derivation(_) => goal.missing().all(|(_, path)| self.made.contains(path)),
-            };
-            if there {
-                self.finish(id, Ok(Success::AlreadyValid));
-                return;
-            }
-        }
-        for path in self.goal(id).makes().cloned().collect::<Vec<_>>() {
-            self.making.insert(path, Vec::new());
-        }
-        let goal = self.goal_mut(id);
-        goal.state = State::Running;
-        goal.restart = false;
-        goal.served = goal.wanted.clone();
-        let (mode, wanted) = (goal.mode, goal.wanted.clone());
-        let action = match &goal.key {
-            Key::Path(path) => {
-                let (path, substituter) = (path.clone(), goal.at);
-                self.running_fetches += 1;
-                Action::Fetch { path, substituter, replace: mode == Mode::Repair }
-            }
-            Key::Derivation(drv) => {
-                let drv = drv.clone();
-                self.running_builds += 1;
-                Action::Build { drv, wanted, mode }
-            }
-        };
-        self.actions.push(action);
-    }
-
-    /// A goal no longer runs, and made some outputs: those it beat look again.
-    fn release(&mut self, id: Id, made: impl Fn(Option<&OutputName>) -> bool) {
-        let goal = self.goal(id);
-        let paths: Vec<(StorePath, bool)> = match &goal.key {
-            Key::Path(path) => vec![(path.clone(), made(None))],
-            Key::Derivation(_) => {
-                goal.outputs.iter().map(|(name, known)| (known.path.clone(), made(Some(name)))).collect()
-            }
-        };
-        for (path, made) in paths {
-            for beaten in self.making.remove(&path).unwrap_or_default() {
-                self.make_ready(beaten);
-            }
-            if made {
-                self.made.insert(path);
-            }
-        }
-    }
-
-    /// Is there nothing that could bring things forward?
-    fn is_stuck(&self) -> bool {
-        self.stop.is_none()
-            && self.tops_left > 0
-            && self.running() == 0
-            && self.asked_here + self.asked_there == 0
-            && self.parked.is_empty()
-            && self.parked_for_user.is_empty()
-    }
-
-    /// Either there are no slots, or goals wait for each other: paths that a substituter says
-    /// refer to each other, or a store that somebody damaged.
-    fn break_deadlock(&mut self) -> bool {
-        if !self.ready_derivations.is_empty() {
-            self.stop(Stop::NoJobs);
-            return false;
-        }
-        let waits = |goal: &Goal| goal.result.is_none() && goal.state != State::Beaten;
-        let Some(start) = self.goals.iter().position(waits) else { return false };
-        // From whom to whom: any one that is not done, until we come by a second time.
-        let mut awaits: HashMap<Id, Id> = HashMap::new();
-        for (goal, number) in self.goals.iter().zip(0..) {
-            if goal.result.is_none() {
-                let current = goal.waiters.iter().filter(|w| self.goal(w.id).waiting.epoch == w.epoch);
-                awaits.extend(current.map(|waiter| (waiter.id, number)));
-            }
-        }
-        let mut at = Id::try_from(start).expect("goals have numbers of this type");
-        let mut seen = HashSet::new();
-        while seen.insert(at) {
-            match awaits.get(&at) {
-                Some(next) => at = *next,
-                None => break,
-            }
-        }
-        let path = self.goal(at).key.path().clone();
-        self.fail(at, GoalError::Cycle { path });
-        true
     }
 }
 

@@ -214,3 +214,20 @@ fn all_processes_of_a_user_are_killed() {
     assert!(!is_alive(other.0.id()));
     assert!(kill_user(0, &launcher()).is_err());
 }
+
+/// Several may be at killing, each the processes of another user.
+#[test]
+fn killers_do_not_kill_each_other() {
+    if !is_root() {
+        return;
+    }
+    std::thread::scope(|scope| {
+        for n in 0..8 {
+            scope.spawn(move || {
+                for _ in 0..20 {
+                    kill_user(BUILD_UID + 110 + n, &launcher()).unwrap();
+                }
+            });
+        }
+    });
+}

@@ -358,3 +358,34 @@ fn a_long_chain() {
     let plan = run(&mut world, options, &[top]);
     assert_eq!(plan.count(), (100_000, 100_000));
 }
+
+/// A derivation whose outputs are known by what it becomes; two recipes that become the same build
+/// once, and what is above them is built from where the outputs are then.
+#[test]
+fn derivations_become_others_when_their_inputs_are_there() {
+    let low = drv(1, "low", &["out"], &[]);
+    let becomes = drv(2, "real", &["out", "dev"], &[]);
+    let mut one = drv(3, "one", &["out", "dev"], &[(&low, &["out"])]);
+    let mut two = drv(4, "two", &["out", "dev"], &[(&low, &["out"])]);
+    one.becomes = Some(becomes.path.clone());
+    two.becomes = Some(becomes.path.clone());
+    let top = drv(5, "top", &["out"], &[(&one, &["dev"]), (&two, &["out"])]);
+    for seed in 0..20_usize {
+        let mut world = self::world(&[&low, &becomes, &one, &two, &top]);
+        let mut n = seed;
+        let mut pick = |many: usize| {
+            n = n.wrapping_mul(1_103_515_245).wrapping_add(12_345);
+            (n >> 16) % many
+        };
+        let plan = world.run(Options { max_jobs: 3, ..options() }, &[target(&top, &[]), target(&two, &[])], &mut pick);
+        assert_eq!(results(&plan), [Ok(Success::Built), Ok(Success::Built)]);
+        assert_eq!(built(&world), ["low.drv", "real.drv", "top.drv"]);
+    }
+    // What it becomes fails, and so does it.
+    let mut bad = becomes.clone();
+    bad.turns.push_back(Turn::Fails(FailureKind::Permanent));
+    let mut world = self::world(&[&low, &bad, &one]);
+    let plan = run(&mut world, options(), &[target(&one, &[])]);
+    assert_eq!(results(&plan), [Err(format!("build of '/s/{}' failed", one.path))]);
+    assert_eq!(world.notices.len(), 1);
+}

@@ -161,6 +161,7 @@ fn make(seeds: &[Seed], dirty: bool) -> Made {
             supported: !seed.unsupported,
             turns: VecDeque::from(seed.turns.clone()),
             registers_all: seed.registers_all,
+            becomes: None,
         };
         world.drvs.insert(drv.path.clone(), drv.clone());
         drvs.push(drv);

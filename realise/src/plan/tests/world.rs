@@ -47,6 +47,8 @@ pub(super) struct Drv {
     pub(super) turns: VecDeque<Turn>,
     /// Are outputs that nobody wanted registered as well?
     pub(super) registers_all: bool,
+    /// The derivation that it becomes, which has outputs of the same names.
+    pub(super) becomes: Option<StorePath>,
 }
 
 /// What one substituter has of a path.
@@ -147,7 +149,7 @@ impl World {
                 Action::Build { drv, wanted, mode } => {
                     assert!(!self.cancelled && (options.keep_going || !self.failed), "started after the end");
                     let drv = self.drvs.get(drv).expect("it exists");
-                    assert!(drv.valid && drv.supported);
+                    assert!(drv.valid && drv.supported && drv.becomes.is_none());
                     for (input, names) in &drv.inputs {
                         let outputs = &self.drvs.get(input).expect("inputs exist").outputs;
                         for name in names {
@@ -218,8 +220,31 @@ impl World {
                     missing_sources: found.sources.iter().filter(|s| !self.valid.contains(*s)).cloned().collect(),
                     allow_substitutes: found.allow_substitutes,
                     unsupported: (!found.supported).then(|| "another system".into()),
+                    resolves: found.becomes.is_some(),
                 };
                 Event::Inputs { drv, answer: Ok(facts) }
+            }
+            Action::Resolve { drv, inputs } => {
+                let found = self.drvs.get(&drv).expect("it exists");
+                for (input, names) in &found.inputs {
+                    for name in names {
+                        let path = inputs.get(&(input.clone(), name.clone())).expect("each input is named");
+                        assert!(self.valid.contains(path), "resolved before its inputs");
+                    }
+                }
+                let becomes = found.becomes.clone().expect("it says that it resolves");
+                self.drvs.get_mut(&becomes).expect("it exists").valid = true;
+                Event::Resolved { drv, answer: Ok(becomes) }
+            }
+            Action::Realised { drv, outputs, .. } => {
+                let found = self.drvs.get_mut(&drv).expect("it exists");
+                assert_eq!(found.outputs.len(), outputs.len());
+                found.outputs.clone_from(&outputs);
+                let known = |(name, path): (OutputName, StorePath)| {
+                    let valid = self.valid.contains(&path);
+                    (name, Known { path, valid })
+                };
+                Event::Realised { drv, answer: Ok(outputs.into_iter().map(known).collect()) }
             }
             Action::AskClosure { drv } => {
                 let own = &self.drvs.get(&drv).expect("it exists").outputs;
@@ -303,12 +328,12 @@ impl World {
                 Built::Failed(failure(kind))
             }
             Turn::Good => {
-                let mut outputs = BTreeSet::new();
+                let mut outputs = BTreeMap::new();
                 for (name, own) in &drv.outputs {
                     if mode != Mode::Check && (drv.registers_all || wanted.has(name)) {
                         self.valid.insert(own.clone());
                         self.damaged.remove(own);
-                        outputs.insert(name.clone());
+                        outputs.insert(name.clone(), own.clone());
                     }
                 }
                 self.built.push((path.clone(), wanted.clone()));
@@ -345,6 +370,7 @@ pub(super) fn drv(number: usize, name_text: &str, outputs: &[&str], inputs: &[(&
         supported: true,
         turns: VecDeque::new(),
         registers_all: true,
+        becomes: None,
     }
 }
 
