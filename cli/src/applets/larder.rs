@@ -492,7 +492,7 @@ mod tests {
         }
         for (name, text) in texts {
             let text = text.to_string();
-            assert!(text.lines().count() <= 40, "{name} has {} lines", text.lines().count());
+            assert!(text.lines().count() <= 48, "{name} has {} lines", text.lines().count());
             assert!(APPLETS.iter().all(|applet| name != applet.name), "{name} is an applet already");
             for line in text.lines() {
                 assert!(line.chars().count() <= 100, "{name}: {line}");

@@ -31,7 +31,8 @@ pub const HELP: &str = "\
 nix-prefetch-url - copy a file from a URL into the store, and print its hash
 
 Usage:
-  nix-prefetch-url [--type ALGO] [--print-path] [--unpack] [--name NAME] URL [HASH]
+  nix-prefetch-url [--type ALGO] [--print-path] [--unpack] [--name NAME]
+                   URL [HASH]
 
 What has the given hash already is not downloaded.
 

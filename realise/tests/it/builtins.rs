@@ -55,7 +55,7 @@ fn fetchurl_over_http() {
         let text = "builder for '{drv}' failed with exit code 1";
         house.fails(&gone, Mode::Normal, FailureKind::Transient, text);
         drop(server);
-        let said = format!("error: unable to download '{url}/x': HTTP error 404 Not Found");
+        let said = format!("error: unable to download '{url}/x': HTTP error 404 ('Not Found')");
         assert!(house.log().contains(&said), "{}", house.log());
 
         let (url, _server) = serve(vec![("200 OK", b"other".to_vec())]);

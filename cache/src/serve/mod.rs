@@ -16,6 +16,15 @@
 //!
 //! Source: protocols, section 5.6.
 
+/// Adds to a text, which cannot fail.
+macro_rules! add {
+    ($text:ident, $($words:tt)*) => {
+        std::fmt::Write::write_fmt(&mut $text, format_args!($($words)*)).unwrap_or_default()
+    };
+}
+
+mod http;
+
 use std::collections::BTreeSet;
 use std::io::{self, BufWriter, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -30,12 +39,12 @@ use larder_core::path_info::PathInfo;
 use larder_core::signature::SecretKey;
 use larder_core::store_path::StorePath;
 
+use self::http::{
+    Asked, Chunks, Head, Small, TEXT, Window, head_of, parse_range, read_body, read_head, reason, send_small,
+};
 use crate::closure;
 use crate::compress::{Encoder, Method};
 use crate::listing::Lister;
-
-/// Bytes of the head of a request, at most.
-const HEAD_MAX: usize = 16 << 10;
 
 /// Bytes of a question after closures, at most.
 const BODY_MAX: usize = 33 * closure::ASKED_MAX;
@@ -50,7 +59,6 @@ const LINGER_BYTES: u64 = 1 << 20;
 const INFO: &str = "text/x-nix-cache-info";
 const NARINFO: &str = "text/x-nix-narinfo";
 const NAR: &str = "application/x-nix-nar";
-const TEXT: &str = "text/plain; charset=utf-8";
 
 /// The store that is served.
 pub trait Shop: Sync {
@@ -73,13 +81,6 @@ pub struct ServeOptions {
     pub token: Option<String>,
     /// The level of zstd for archives; `None`: they are sent as they are.
     pub zstd_level: Option<i32>,
-}
-
-/// Adds to a text, which cannot fail.
-macro_rules! add {
-    ($text:ident, $($words:tt)*) => {
-        std::fmt::Write::write_fmt(&mut $text, format_args!($($words)*)).unwrap_or_default()
-    };
 }
 
 /// What has been done so far.
@@ -105,53 +106,6 @@ pub struct Server<'a> {
 impl std::fmt::Debug for Server<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Server").field("options", &self.options).finish_non_exhaustive()
-    }
-}
-
-/// A request without its body.
-#[derive(Debug, Default)]
-struct Asked {
-    method: String,
-    path: String,
-    query: String,
-    authorization: Option<String>,
-    range: Option<String>,
-    takes_zstd: bool,
-    body_bytes: usize,
-    closes: bool,
-    /// Does the client know chunks?
-    is_1_1: bool,
-}
-
-/// An answer that is small.
-struct Small {
-    status: u16,
-    kind: &'static str,
-    body: Vec<u8>,
-}
-
-impl Small {
-    fn text(status: u16, text: &str) -> Self {
-        Self { status, kind: TEXT, body: format!("{text}\n").into_bytes() }
-    }
-
-    fn ok(kind: &'static str, body: impl Into<Vec<u8>>) -> Self {
-        Self { status: 200, kind, body: body.into() }
-    }
-}
-
-fn reason(status: u16) -> &'static str {
-    match status {
-        200 => "OK",
-        206 => "Partial Content",
-        400 => "Bad Request",
-        401 => "Unauthorized",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        413 => "Content Too Large",
-        416 => "Range Not Satisfiable",
-        431 => "Request Header Fields Too Large",
-        _ => "Internal Server Error",
     }
 }
 
@@ -494,212 +448,9 @@ impl Write for Lines {
     }
 }
 
-/// Lets through a part of what is written, and ends it with an error behind that.
-struct Window<'o> {
-    out: &'o mut dyn Write,
-    skip: u64,
-    left: u64,
-}
-
-impl Write for Window<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(bytes.len());
-        self.skip -= skipped as u64;
-        let rest = bytes.get(skipped..).unwrap_or_default();
-        if self.left == 0 && !rest.is_empty() {
-            return Err(io::Error::other("the range has ended"));
-        }
-        let n = usize::try_from(self.left).unwrap_or(usize::MAX).min(rest.len());
-        self.out.write_all(rest.get(..n).unwrap_or_default())?;
-        self.left -= n as u64;
-        Ok(skipped + n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
-}
-
-/// Cuts what is written into the chunks of HTTP.
-struct Chunks<'o>(&'o mut dyn Write);
-
-impl Write for Chunks<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if !bytes.is_empty() {
-            write!(self.0, "{:x}\r\n", bytes.len())?;
-            self.0.write_all(bytes)?;
-            self.0.write_all(b"\r\n")?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
-    }
-}
-
-impl Chunks<'_> {
-    fn end(self) -> io::Result<()> {
-        self.0.write_all(b"0\r\n\r\n")
-    }
-}
-
-/// The first byte and the one behind the last, of `bytes=A-B`, `bytes=A-` or `bytes=-N`. What is no
-/// range of bytes, or several, is not heeded.
-fn parse_range(text: Option<&str>, size: u64) -> Result<Option<(u64, u64)>, ()> {
-    let Some((from, to)) = text.and_then(|text| text.trim().strip_prefix("bytes=")?.split_once('-')) else {
-        return Ok(None);
-    };
-    let range = match (from.parse::<u64>(), to.parse::<u64>()) {
-        (Ok(from), Ok(last)) if from <= last => (from, last.saturating_add(1).min(size)),
-        (Ok(from), Err(_)) if to.is_empty() => (from, size),
-        (Err(_), Ok(many)) if from.is_empty() && many > 0 => (size.saturating_sub(many), size),
-        _ => return Ok(None),
-    };
-    if range.0 < range.1 { Ok(Some(range)) } else { Err(()) }
-}
-
-fn head_of(status: u16, kind: &str, closes: bool) -> String {
-    let close = if closes { "Connection: close\r\n" } else { "" };
-    format!("HTTP/1.1 {status} {}\r\nServer: larder\r\nContent-Type: {kind}\r\n{close}", reason(status))
-}
-
-fn send_small(out: &mut dyn Write, small: &Small, with_body: bool, closes: bool) -> io::Result<()> {
-    let mut head = head_of(small.status, small.kind, closes);
-    if small.status != 200 {
-        head.push_str("Cache-Control: no-store\r\n");
-    }
-    if small.status == 401 {
-        head.push_str("WWW-Authenticate: Basic realm=\"larder\"\r\n");
-    }
-    add!(head, "Content-Length: {}\r\n\r\n", small.body.len());
-    out.write_all(head.as_bytes())?;
-    if with_body { out.write_all(&small.body) } else { Ok(()) }
-}
-
-enum Head {
-    Asked(Asked),
-    End,
-    /// To be answered with this status, and no more.
-    Bad(u16),
-}
-
-/// Reads the head of a request; what follows stays in the buffer.
-fn read_head(input: &mut dyn Read, buffer: &mut Vec<u8>) -> io::Result<Head> {
-    loop {
-        let mut headers = [httparse::EMPTY_HEADER; 64];
-        let mut parsed = httparse::Request::new(&mut headers);
-        match parsed.parse(buffer) {
-            Ok(httparse::Status::Complete(length)) => {
-                let asked = asked_of(&parsed);
-                buffer.drain(..length);
-                return Ok(asked.map_or(Head::Bad(400), Head::Asked));
-            }
-            Ok(httparse::Status::Partial) if buffer.len() < HEAD_MAX => {}
-            Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => return Ok(Head::Bad(431)),
-            Err(_) => return Ok(Head::Bad(400)),
-        }
-        let mut block = [0; 4096];
-        match input.read(&mut block) {
-            Ok(0) => return Ok(Head::End),
-            Ok(n) => buffer.extend_from_slice(block.get(..n).unwrap_or_default()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // Nothing came for long, or the client has gone: no more to be said.
-            Err(_) => return Ok(Head::End),
-        }
-    }
-}
-
-/// `None`: it is a request that is not understood.
-fn asked_of(parsed: &httparse::Request<'_, '_>) -> Option<Asked> {
-    let target = parsed.path?;
-    let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let mut asked = Asked {
-        method: parsed.method?.to_owned(),
-        path: path.to_owned(),
-        query: query.to_owned(),
-        is_1_1: parsed.version == Some(1),
-        closes: parsed.version != Some(1),
-        ..Asked::default()
-    };
-    for header in parsed.headers.iter() {
-        let value = std::str::from_utf8(header.value).ok()?.trim();
-        match header.name.to_ascii_lowercase().as_str() {
-            "authorization" => asked.authorization = Some(value.to_owned()),
-            "range" => asked.range = Some(value.to_owned()),
-            "accept-encoding" => {
-                asked.takes_zstd = value.split(',').any(|word| {
-                    let (name, quality) = word.split_once(';').unwrap_or((word, ""));
-                    name.trim() == "zstd" && !matches!(quality.trim(), "q=0" | "q=0.0")
-                });
-            }
-            "content-length" => asked.body_bytes = value.parse().ok()?,
-            "transfer-encoding" => return None,
-            "connection" => {
-                asked.closes |= value.split(',').any(|word| word.trim().eq_ignore_ascii_case("close"));
-            }
-            _ => {}
-        }
-    }
-    Some(asked)
-}
-
-fn read_body(input: &mut dyn Read, buffer: &mut Vec<u8>, length: usize) -> io::Result<Vec<u8>> {
-    let here = buffer.len().min(length);
-    let mut body: Vec<u8> = buffer.drain(..here).collect();
-    let left = length - here;
-    if left > 0 {
-        input.take(left as u64).read_to_end(&mut body)?;
-        if body.len() < length {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-    }
-    Ok(body)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranges() {
-        for (text, expected) in [
-            (None, Ok(None)),
-            (Some("bytes=0-9"), Ok(Some((0, 10)))),
-            (Some("bytes=5-"), Ok(Some((5, 100)))),
-            (Some("bytes=90-200"), Ok(Some((90, 100)))),
-            (Some("bytes=-7"), Ok(Some((93, 100)))),
-            (Some("bytes=-700"), Ok(Some((0, 100)))),
-            (Some("bytes=100-"), Err(())),
-            (Some("bytes=9-5"), Ok(None)),
-            (Some("bytes=1-2,4-5"), Ok(None)),
-            (Some("lines=1-2"), Ok(None)),
-            (Some("bytes=x-"), Ok(None)),
-        ] {
-            assert_eq!(parse_range(text, 100), expected, "{text:?}");
-        }
-    }
-
-    #[test]
-    fn heads() {
-        let read = |text: &str| read_head(&mut text.as_bytes(), &mut Vec::new()).unwrap();
-        let Head::Asked(asked) =
-            read("GET /x?hash=1 HTTP/1.1\r\nAccept-Encoding: br, zstd;q=0.5\r\nRange: bytes=1-\r\n\r\n")
-        else {
-            panic!("it is a request")
-        };
-        assert_eq!(
-            (asked.path.as_str(), asked.query.as_str(), asked.takes_zstd, asked.closes),
-            ("/x", "hash=1", true, false)
-        );
-        assert!(matches!(read("GET /x HTTP/1.0\r\n\r\n"), Head::Asked(asked) if asked.closes));
-        assert!(matches!(read("nonsense\r\n\r\n"), Head::Bad(400)));
-        assert!(matches!(read("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"), Head::Bad(400)));
-        assert!(matches!(read("POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n"), Head::Bad(400)));
-        assert!(matches!(read(&format!("GET / HTTP/1.1\r\nX: {}", "y".repeat(HEAD_MAX))), Head::Bad(431)));
-        assert!(matches!(read(""), Head::End));
-        assert!(matches!(read("GET / HTTP/1.1\r\n"), Head::End));
-    }
 
     #[test]
     fn tokens() {

@@ -1,6 +1,7 @@
 //! Requests, against a server that does not always do what it should.
 
 use super::*;
+use crate::error::CacheError;
 use crate::testing::{Answer, Request as Asked, Server};
 use larder_core::report::Silent;
 

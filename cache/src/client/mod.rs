@@ -3,6 +3,11 @@
 //!
 //! Source: protocols, section 5.1.
 
+mod download;
+mod options;
+#[cfg(test)]
+mod tests;
+
 use std::ffi::OsString;
 use std::fs::File;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
@@ -13,14 +18,16 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use larder_core::report::{Level, Reporter, chain};
-use larder_core::settings::Settings;
 use rustix::fs::{Mode, OFlags};
 use ureq::http::{self, HeaderMap, Request, header};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
 use ureq::{Agent, BodyReader, Proxy};
 
+pub use self::download::Download;
+use self::download::Resume;
+pub use self::options::{ClientOptions, Proxies, certificates};
 use crate::compress;
-use crate::error::{CacheError, DownloadError};
+use crate::error::DownloadError;
 use crate::netrc::credentials;
 use crate::uri::{host, percent_decoded};
 
@@ -38,111 +45,6 @@ const DRAIN_BYTES: u64 = 64 << 10;
 
 /// Encodings of contents that are undone, in the order of preference.
 const ENCODINGS: &str = "zstd, br, gzip, deflate, bzip2, xz";
-
-/// Proxies by the scheme of what is fetched.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Proxies {
-    pub http: Option<String>,
-    pub https: Option<String>,
-    pub all: Option<String>,
-    /// Hosts that are spoken to directly, separated by commas; `*` for all.
-    pub none: Option<String>,
-}
-
-impl Proxies {
-    /// As the variables `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` say. All but the
-    /// first are known in upper case too.
-    pub fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Self {
-        let filled = |name: &str| variable(name).filter(|value| !value.is_empty());
-        Self {
-            http: filled("http_proxy"),
-            https: filled("https_proxy").or_else(|| filled("HTTPS_PROXY")),
-            all: filled("all_proxy").or_else(|| filled("ALL_PROXY")),
-            none: filled("no_proxy").or_else(|| filled("NO_PROXY")),
-        }
-    }
-
-    /// The proxy for a URL.
-    pub fn of(&self, url: &str) -> Option<&str> {
-        let host = host(url);
-        let excluded = self.none.as_deref().is_some_and(|list| {
-            let names = list.split(',').map(|name| name.trim().trim_start_matches('.'));
-            names.filter(|name| !name.is_empty()).any(|name| {
-                name == "*" || host == name || host.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
-            })
-        });
-        let own = if url.starts_with("https:") { &self.https } else { &self.http };
-        own.as_deref().or(self.all.as_deref()).filter(|_| !excluded)
-    }
-}
-
-/// How to go about requests.
-#[derive(Debug, Clone)]
-pub struct ClientOptions {
-    pub user_agent_suffix: String,
-    /// Requests at once; 0: as many as are made.
-    pub connections: usize,
-    /// No time: as long as the system waits.
-    pub connect_timeout: Option<Duration>,
-    /// How long less than a byte a second may come.
-    pub stall_timeout: Option<Duration>,
-    /// How often something is tried; at least once.
-    pub attempts: u32,
-    /// Certificates to trust, as PEM; those of Mozilla if there are none.
-    pub certificates: Option<String>,
-    pub checks_certificates: bool,
-    /// The text of a netrc file.
-    pub netrc: Option<String>,
-    pub proxies: Proxies,
-}
-
-impl Default for ClientOptions {
-    fn default() -> Self {
-        Self {
-            user_agent_suffix: String::new(),
-            connections: 25,
-            connect_timeout: None,
-            stall_timeout: Some(Duration::from_mins(5)),
-            attempts: 5,
-            certificates: None,
-            checks_certificates: true,
-            netrc: None,
-            proxies: Proxies::default(),
-        }
-    }
-}
-
-impl ClientOptions {
-    /// As the settings and some environment say. Files with passwords and certificates are read
-    /// now; those that cannot be are done without.
-    pub fn of(settings: &Settings, variable: impl Fn(&str) -> Option<OsString>) -> Self {
-        let text = |name: &str| variable(name).and_then(|value| value.into_string().ok());
-        let seconds = |n: u64| (n > 0).then(|| Duration::from_secs(n));
-        Self {
-            user_agent_suffix: settings.user_agent_suffix.clone(),
-            connections: usize::try_from(settings.http_connections).unwrap_or(0),
-            connect_timeout: seconds(settings.connect_timeout),
-            stall_timeout: seconds(settings.stalled_download_timeout),
-            attempts: settings.download_attempts.max(1),
-            certificates: certificates(&settings.ssl_cert_file, &variable),
-            checks_certificates: settings.verify_https_binary_caches,
-            netrc: std::fs::read_to_string(&settings.netrc_file).ok(),
-            proxies: Proxies::from_variables(text),
-        }
-    }
-}
-
-/// The text of the certificates that this machine trusts.
-pub fn certificates(named: &str, variable: impl Fn(&str) -> Option<OsString>) -> Option<String> {
-    let candidates = [
-        Some(OsString::from(named)).filter(|file| !file.is_empty()),
-        variable("NIX_SSL_CERT_FILE"),
-        variable("SSL_CERT_FILE"),
-        Some("/etc/ssl/certs/ca-certificates.crt".into()),
-        Some("/etc/pki/tls/certs/ca-bundle.crt".into()),
-    ];
-    candidates.into_iter().flatten().find_map(|file| std::fs::read_to_string(file).ok())
-}
 
 /// What to get.
 #[derive(Debug, Clone, Default)]
@@ -413,171 +315,3 @@ impl Client {
         })
     }
 }
-
-/// Where to go on, and what the file must be for that.
-struct Resume {
-    at: u64,
-    tag: Option<String>,
-}
-
-/// The body of an answer; cut, it is gone on with if the server can do that.
-pub struct Download {
-    client: Arc<Client>,
-    get: Get,
-    /// `None` at the end.
-    open: Option<Open>,
-    encoding: Option<String>,
-    /// Does the server take ranges?
-    ranges: bool,
-    tag: Option<String>,
-    at: u64,
-    total: Option<u64>,
-    attempt: u32,
-    stops: u64,
-    /// When and where the present time of watching for stalls began.
-    watched: (Instant, u64),
-}
-
-impl std::fmt::Debug for Download {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Download").field("url", &self.get.url).field("at", &self.at).finish_non_exhaustive()
-    }
-}
-
-impl Download {
-    fn new(client: &Arc<Client>, get: &Get, open: Open, attempt: u32, stops: u64) -> Self {
-        let ranges = open.text(header::ACCEPT_RANGES).is_some_and(|text| text.trim() == "bytes");
-        let strong = open.text(header::ETAG).filter(|tag| !tag.starts_with("W/"));
-        Self {
-            client: Arc::clone(client),
-            get: get.clone(),
-            encoding: open.encoding(),
-            ranges,
-            tag: strong.map(str::to_owned),
-            at: 0,
-            total: open.size_bytes(),
-            attempt,
-            stops,
-            watched: (Instant::now(), 0),
-            open: Some(open),
-        }
-    }
-
-    /// How many bytes it has, if the server says so.
-    pub fn size_bytes(&self) -> Option<u64> {
-        self.total
-    }
-
-    /// The encoding that is to be undone.
-    pub fn encoding(&self) -> Option<&str> {
-        self.encoding.as_deref()
-    }
-
-    /// Has it been too slow for too long?
-    fn is_stalled(&mut self) -> bool {
-        let Some(most) = self.client.options.stall_timeout else { return false };
-        let (since, from) = self.watched;
-        let elapsed = since.elapsed();
-        if elapsed < most {
-            return false;
-        }
-        self.watched = (Instant::now(), self.at);
-        self.at - from < elapsed.as_secs()
-    }
-
-    fn resume(&mut self, error: DownloadError) -> Result<(), DownloadError> {
-        self.open = None;
-        let mut error = self.client.or_stopped(error, self.stops);
-        if !error.is_passing() {
-            return Err(error);
-        }
-        if self.at > 0 && (!self.ranges || self.encoding.is_some()) {
-            return Err(DownloadError::Cut { at: self.at, source: io::Error::other(error) });
-        }
-        loop {
-            if self.attempt >= self.client.options.attempts || !error.is_passing() {
-                return Err(error);
-            }
-            self.client.pause(&self.get.url, self.attempt, &error, self.stops)?;
-            self.attempt += 1;
-            match self.reopen() {
-                Ok(open) => {
-                    self.watched = (Instant::now(), self.at);
-                    self.open = Some(open);
-                    return Ok(());
-                }
-                Err(failed) => error = self.client.or_stopped(failed, self.stops),
-            }
-        }
-    }
-
-    fn reopen(&self) -> Result<Open, DownloadError> {
-        let changed = |text: &str| DownloadError::Cut { at: self.at, source: io::Error::other(text.to_owned()) };
-        let resume = Resume { at: self.at, tag: self.tag.clone() };
-        let resume = Some(&resume).filter(|resume| resume.at > 0);
-        let mut open = self.client.once(&self.get, resume, self.stops)?;
-        if open.status == 206 {
-            return match open.content_range() {
-                Some((at, total))
-                    if at == self.at && (total.is_none() || self.total.is_none() || total == self.total) =>
-                {
-                    Ok(open)
-                }
-                _ => Err(changed("the server went on elsewhere, or with another file")),
-            };
-        }
-        if open.size_bytes() != self.total
-            || self.tag.as_deref().is_some_and(|tag| open.text(header::ETAG) != Some(tag))
-        {
-            return Err(changed("the file has changed on the server"));
-        }
-        // From the beginning; what was had is skipped. Whether it is the same, hashes will tell.
-        let skipped = io::copy(&mut (&mut open.body).take(self.at), &mut io::sink());
-        match skipped {
-            Ok(n) if n == self.at => Ok(open),
-            Ok(_) => Err(changed("the file has become shorter")),
-            Err(source) => Err(DownloadError::Cut { at: self.at, source }),
-        }
-    }
-
-    fn next(&mut self, buf: &mut [u8]) -> Result<usize, DownloadError> {
-        loop {
-            let Some(open) = &mut self.open else { return Ok(0) };
-            let error = match open.body.read(buf) {
-                Ok(0) => match self.total {
-                    Some(total) if self.at < total => DownloadError::Short { at: self.at, total },
-                    _ => {
-                        self.open = None;
-                        return Ok(0);
-                    }
-                },
-                Ok(n) => {
-                    self.at += n as u64;
-                    if !self.is_stalled() {
-                        return Ok(n);
-                    }
-                    // What has come is good; the next call finds no connection any more.
-                    let seconds = self.client.options.stall_timeout.map_or(0, |most| most.as_secs());
-                    self.resume(DownloadError::Stalled { seconds })?;
-                    return Ok(n);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => DownloadError::from(ureq::Error::Io(error)),
-            };
-            self.resume(error)?;
-        }
-    }
-}
-
-impl Read for Download {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        if buf.is_empty() {
-            return Ok(0);
-        }
-        self.next(buf).map_err(|source| io::Error::other(CacheError::Download { url: self.get.url.clone(), source }))
-    }
-}
-
-#[cfg(test)]
-#[path = "client_tests.rs"]
-mod tests;
