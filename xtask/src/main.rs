@@ -19,6 +19,7 @@ cargo xtask packages [NAME...]       sources of Debian, built in the sandbox, an
 cargo xtask fuzz [SECONDS [TARGET]]  every fuzz target, or one, for so long each (default 60)
 cargo xtask soak [SECONDS [PROCESSES]]  the long forms of the stress and crash tests (default 60, 8)
 cargo xtask soak kills [ROUNDS]      builds killed at random moments, by root and by a user (default 200)
+`LARDER_PROGRAM` names a program to measure that is built already.
 ";
 
 /// The fuzz targets: the files of `fuzz/fuzz_targets`.

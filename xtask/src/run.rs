@@ -51,8 +51,11 @@ fn shown(command: &Command) -> String {
     words.join(" ")
 }
 
-/// The release build of the program, made now.
+/// The release build of the program, made now; or the program that `LARDER_PROGRAM` names.
 pub(crate) fn release_binary() -> Result<PathBuf, Failed> {
+    if let Some(program) = std::env::var_os("LARDER_PROGRAM") {
+        return Ok(std::path::absolute(program)?);
+    }
     step(&mut cargo(&["build", "--release", "--package", "larder"]))?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let folders = std::fs::read_dir(&target)?.filter_map(|e| Some(e.ok()?.path().join("release/larder")));

@@ -192,7 +192,7 @@ fn kill_all(build: &Build<'_>, user: &BuildUser) -> Result<(), Failure> {
 }
 
 /// Is there any process of this user? In doubt there is.
-fn runs_anything(uid: u32) -> bool {
+pub(super) fn runs_anything(uid: u32) -> bool {
     // The one question to the kernel about all processes of a user that costs a single call.
     let asked = rustix::process::getpriority_user(rustix::process::Uid::from_raw(uid));
     !matches!(asked, Err(rustix::io::Errno::SRCH))

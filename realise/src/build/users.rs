@@ -3,6 +3,7 @@
 //! Source: building, section 8. The members of the group are taken in their order; whoever holds
 //! the lock on `$V/userpool/<uid>` has the user, across all processes and real Nix.
 
+use std::hash::{Hash as _, Hasher as _};
 use std::io;
 
 use larder_fs::file_error::FileError;
@@ -75,17 +76,26 @@ pub fn acquire(layout: &Layout, users: &Users, group: &str) -> Result<Option<Bui
 
 /// Takes ids of a range that no build uses; `None` if all are in use.
 ///
-/// The lock on `$V/userpool2/slot-N` keeps real Nix out.
+/// The lock on `$V/userpool2/slot-N` keeps real Nix out. Of other stores of this machine, which have
+/// locks of their own, nobody knows: so each begins at another place, and ids that are at work are
+/// passed over. (What a dead build of ours has left was killed before, by the journal.)
 pub fn allocate(layout: &Layout, range: Range) -> Result<Option<BuildUser>, UsersError> {
     let pool = layout.state.join("userpool2");
     make_dirs(&pool)?;
-    for slot in 0..range.count / SLOT {
+    let slots = range.count / SLOT;
+    let mut hasher = std::hash::DefaultHasher::new();
+    layout.state.hash(&mut hasher);
+    let first = hasher.finish().checked_rem(u64::from(slots)).and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+    for slot in (first..slots).chain(0..first) {
         let Some(uid) = slot.checked_mul(SLOT).and_then(|offset| range.start.checked_add(offset)) else { break };
         // Root, and the number that means "as it was", are no ids for a builder.
         if uid == 0 || uid == u32::MAX {
             continue;
         }
         let file = LockFile::open(&pool.join(format!("slot-{slot}")))?;
+        if super::run::runs_anything(uid) {
+            continue;
+        }
         if file.lock(Sharing::Exclusive, &mut Wait::No)?
             && let Some(lock) = lock(layout, uid)?
         {
@@ -115,11 +125,13 @@ mod tests {
         let range = Range { start: 872_415_232, count: 3 * SLOT };
         let get = || allocate(&layout, range).unwrap();
         let (first, second, third) = (get().unwrap(), get().unwrap(), get().unwrap());
-        assert_eq!([first.uid, second.uid, third.uid], [0, 1, 2].map(|slot| range.start + slot * SLOT));
+        let ids: std::collections::BTreeSet<u32> = [first.uid, second.uid, third.uid].into();
+        assert_eq!(ids, [0, 1, 2].map(|slot| range.start + slot * SLOT).into());
         assert_eq!((second.gid, second.groups.len()), (second.uid, 0));
         assert!(get().is_none());
+        let again = second.uid;
         drop(second);
-        assert_eq!(get().unwrap().uid, range.start + SLOT);
+        assert_eq!(get().unwrap().uid, again);
         drop((first, third));
         assert!(allocate(&layout, Range { start: u32::MAX, count: SLOT }).unwrap().is_none());
         assert!(allocate(&layout, Range { start: 0, count: SLOT }).unwrap().is_none());
