@@ -544,16 +544,14 @@ impl Connection<'_> {
     /// Makes a path valid, as it is.
     fn ensure(&self, path: &StorePath) -> Result<(), StoreError> {
         let results = self.session.store().build(&[DerivedPath::Opaque(path.clone())], BuildMode::Normal)?;
-        for result in results.into_iter().filter(|result| !result.status.is_success()) {
-            // That nobody has it is no news to a client that asks for this.
-            let text = if result.status == BuildStatus::NoSubstituters || result.error.is_empty() {
-                format!("path '{}' does not exist and cannot be created", self.host.dir().display(path))
-            } else {
-                result.error
-            };
-            return Err(StoreError::new(ErrorKind::Other, text));
-        }
-        Ok(())
+        let Some(result) = results.into_iter().find(|result| !result.status.is_success()) else { return Ok(()) };
+        // That nobody has it is no news to a client that asks for this.
+        let text = if result.status == BuildStatus::NoSubstituters || result.error.is_empty() {
+            format!("path '{}' does not exist and cannot be created", self.host.dir().display(path))
+        } else {
+            result.error
+        };
+        Err(StoreError::new(ErrorKind::Other, text))
     }
 
     fn add_options(&self, repair: bool, dont_check_signatures: bool) -> AddOptions {
