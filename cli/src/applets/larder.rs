@@ -4,6 +4,7 @@ mod asking;
 mod build;
 mod changing;
 mod check;
+mod copy;
 mod derivation;
 mod garbage;
 mod links;
@@ -18,7 +19,7 @@ use larder_core::report::Level;
 
 use super::nar::{dump_options, dump_to, restore_from, restore_options};
 use super::{Context, print};
-use crate::args::{LogFormat, Override, OverrideFrom};
+use crate::args::{Common, LogFormat, Override, OverrideFrom};
 use crate::exit::{Failure, Status};
 use crate::printer::{Output, Printer};
 
@@ -75,6 +76,8 @@ pub enum Command {
     Derivation(DerivationCommand),
     /// Copy files or trees into the store and print their paths
     Add(Add),
+    /// Copy paths with all they need from one store to another
+    Copy(copy::Copy),
     /// Tell what the store knows of paths
     PathInfo(PathInfo),
     /// List everything that paths need
@@ -432,6 +435,10 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
             restore_from(args.path.as_os_str(), restore_options(&settings), args.input.as_deref(), &cx.interrupt)?;
         }
         Command::Add(args) => changing::add(cx, &settings, &args)?,
+        Command::Copy(args) => {
+            let common = Common::of(cli.global.verbosity(), overrides);
+            copy::run(cx, &settings, &common, &args)?;
+        }
         Command::PathInfo(args) => asking::path_info(cx, &settings, &args)?,
         Command::Closure(args) => asking::print_closure(cx, &settings, &args)?,
         Command::Du(args) => asking::disk_usage(cx, &settings, &args)?,

@@ -48,9 +48,10 @@ const MAX_PER_USER: usize = 1024;
 /// Bytes that are read from a client at a time.
 const READ_BUFFER: usize = 8 << 10;
 
-/// How long connections may go on after we were told to end, and how long after that.
+/// How long connections may go on after we were told to end, and how long builds and connections
+/// that were cancelled may take to tidy up.
 const DRAIN: Duration = Duration::from_secs(30);
-const LAST_GRACE: Duration = Duration::from_secs(5);
+pub const LAST_GRACE: Duration = Duration::from_secs(5);
 
 /// How settings become options of the local store.
 pub type StoreOptions = Box<dyn Fn(&Settings) -> Options + Send + Sync>;
