@@ -6,6 +6,7 @@ mod changing;
 mod check;
 mod copy;
 mod derivation;
+mod doctor;
 mod garbage;
 mod links;
 
@@ -102,12 +103,24 @@ pub enum Command {
     Optimise(garbage::Optimise),
     /// Make links by the names of the commands of Nix
     Links(Links),
+    /// Serve the store to other users (the same as nix-daemon)
+    #[command(disable_help_flag = true)]
+    Daemon(Daemon),
+    /// Check what is around the store: permissions, users, sandbox, daemon
+    Doctor(doctor::Doctor),
     /// Take over the store of a Nix installation, from its own records
     Adopt(Adopt),
     /// Print a script that completes words in a shell
     Completions(Completions),
     /// Print the manual page, or write all pages
     Man(Man),
+}
+
+#[derive(Debug, Args)]
+pub struct Daemon {
+    /// Words for nix-daemon
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "WORD")]
+    pub words: Vec<OsString>,
 }
 
 #[derive(Debug, Args)]
@@ -400,6 +413,9 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
             return Ok(if error.use_stderr() { Status::FAILURE } else { Status::SUCCESS });
         }
     };
+    if let Command::Daemon(args) = cli.command {
+        return super::nix_daemon::run(cx, args.words);
+    }
     cx.terminal.set_verbosity(cli.global.verbosity());
     cx.terminal.set_format(cli.global.log_format.unwrap_or_default());
     let mut overrides = cli.global.overrides();
@@ -444,6 +460,8 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Du(args) => asking::disk_usage(cx, &settings, &args)?,
         Command::Verify(args) => return changing::verify(cx, &settings, &args),
         Command::Adopt(args) => changing::adopt(cx, &settings, &args)?,
+        Command::Daemon(_) => {}
+        Command::Doctor(args) => return doctor::doctor(cx, &settings, &args),
         Command::Db(args) => check::db(cx, &settings, &args)?,
         Command::Gc(args) => return garbage::collect(cx, &settings, &args),
         Command::Why(args) => return garbage::why(cx, &settings, &args),
