@@ -62,6 +62,7 @@ const LONG_TESTS: &[(&str, &str)] = &[
     ("larder-store-db", "tests::processes"),
     ("larder", "stress"),
     ("larder", "crash"),
+    ("larder", "daemon_soak"),
 ];
 
 /// Everything that stands in for bad luck: processes killed and system calls that fail at any moment.

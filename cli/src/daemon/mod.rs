@@ -223,7 +223,7 @@ impl Daemon {
         let settings = self.settings();
         let trust = peer.judge(&settings, users).map_err(AdmitError::Users)?;
         let trust = trust.ok_or_else(|| AdmitError::NotAllowed { user: peer.user.clone() })?;
-        let shared = Shared::new(stream).map_err(AdmitError::Thread)?;
+        let shared = Shared::new(stream, stall_limit(&settings)).map_err(AdmitError::Thread)?;
         let number = {
             let mut all = self.connections();
             let of_user = all.open.values().filter(|(owner, _)| *owner == uid).count();
@@ -270,6 +270,12 @@ impl Daemon {
         self.builds.wait_until_idle(LAST_GRACE);
         Ok(())
     }
+}
+
+/// How long a client may say nothing in the middle of something: as long as a download may.
+fn stall_limit(settings: &Settings) -> Option<Duration> {
+    let seconds = settings.stalled_download_timeout;
+    (seconds > 0).then(|| Duration::from_secs(seconds))
 }
 
 /// Why a client was not let in.
