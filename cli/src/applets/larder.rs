@@ -32,8 +32,7 @@ use crate::printer::{Output, Printer};
     disable_help_subcommand = true,
     subcommand_required = true,
     arg_required_else_help = true,
-    after_help = "`larder nix-store ...` and `larder nix-hash ...` are the commands of Nix with the same names;\n\
-                  `larder links DIR` makes links by which they can be called directly."
+    after_help = "`larder nix-store ...`, `larder daemon` and so on are those of Nix; `larder links DIR` makes links."
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -104,7 +103,7 @@ pub enum Command {
     /// Make links by the names of the commands of Nix
     Links(Links),
     /// Serve the store to other users (the same as nix-daemon)
-    #[command(disable_help_flag = true)]
+    #[command(disable_help_flag = true, hide = true)]
     Daemon(Daemon),
     /// Check what is around the store: permissions, users, sandbox, daemon
     Doctor(doctor::Doctor),
@@ -113,6 +112,7 @@ pub enum Command {
     /// Print a script that completes words in a shell
     Completions(Completions),
     /// Print the manual page, or write all pages
+    #[command(hide = true)]
     Man(Man),
 }
 
