@@ -12,6 +12,8 @@ mod collections;
 mod crash;
 mod daemon;
 mod daemon_builds;
+mod daemon_limits;
+mod daemon_soak;
 mod full_disk;
 mod garbage;
 mod garbage_cuts;

@@ -1,12 +1,23 @@
 //! A daemon in a house, and clients of it: real ones, and scripted ones that speak the protocol
 //! word by word.
 
-use std::io::{Read as _, Write as _};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use larder_core::api::{DerivedPath, Outputs};
+use larder_core::derivation::aterm::Mask;
+use larder_core::derivation::modulo::{Memo, fill_deferred};
+use larder_core::derivation::{Derivation, Output, OutputName};
+use larder_core::report::{ActivityResult, Level, Reporter, Start};
+use larder_core::store_dir::StoreDir;
+use larder_core::store_path::{Name, StorePath};
+use larder_wire::worker::client::Client;
 
 use crate::house::House;
 
@@ -177,6 +188,11 @@ impl Land {
         found.then_some(land)
     }
 
+    /// Are messages compared, too? Ours are those of 2.8 or 2.26, whichever says it better.
+    pub fn compares_messages(&self) -> bool {
+        self.root.is_none()
+    }
+
     /// A program of that land, in a house.
     pub fn command(&self, house: &House, program: &str) -> Command {
         let Some(root) = &self.root else { return house.command(program) };
@@ -210,4 +226,93 @@ pub fn twin() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::Builder::new().prefix("larder-twin-").tempdir().unwrap();
     let place = dir.path().join("house");
     (dir, place)
+}
+
+/// Keeps what a server says.
+#[derive(Default)]
+pub struct Heard(Mutex<Vec<String>>);
+
+impl Heard {
+    pub fn all(&self) -> Vec<String> {
+        self.0.lock().unwrap().clone()
+    }
+    fn put(&self, text: String) {
+        self.0.lock().unwrap().push(text);
+    }
+}
+
+impl Reporter for Heard {
+    fn shows(&self, _level: Level) -> bool {
+        true
+    }
+    fn message(&self, _level: Level, text: std::fmt::Arguments<'_>) {
+        self.put(text.to_string());
+    }
+    fn start(&self, start: &Start<'_>) -> u64 {
+        if !start.text.is_empty() {
+            self.put(start.text.to_owned());
+        }
+        1
+    }
+    fn result(&self, _activity: u64, result: ActivityResult<'_>) {
+        if let ActivityResult::BuildLogLine(line) = result {
+            self.put(format!("> {}", String::from_utf8_lossy(line)));
+        }
+    }
+}
+
+/// Our own client at a version.
+pub fn connect(house: &House, daemon: &Daemon, newest: u8) -> (Client, Arc<Heard>, UnixStream) {
+    let stream = daemon.connect();
+    stream.set_read_timeout(None).unwrap();
+    let dir = StoreDir::new(house.path().join("store").to_str().unwrap()).unwrap();
+    let input = Box::new(BufReader::new(stream.try_clone().unwrap()));
+    let output = Box::new(stream.try_clone().unwrap());
+    let heard = Arc::new(Heard::default());
+    (Client::connect(input, output, dir, newest, Arc::clone(&heard) as _).unwrap(), heard, stream)
+}
+
+/// All outputs of a derivation.
+pub fn all_of(drv: &StorePath) -> [DerivedPath; 1] {
+    [DerivedPath::Built { drv: drv.clone(), outputs: Outputs::All }]
+}
+
+/// Processes whose parent is this one, or a child of it.
+pub fn children(pid: u32) -> usize {
+    let mut found = 0;
+    let mut left = vec![pid];
+    while let Some(pid) = left.pop() {
+        for task in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+            let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            let more: Vec<u32> = text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
+            found += more.len();
+            left.extend(more);
+        }
+    }
+    found
+}
+
+/// A derivation that a shell makes, with its paths.
+pub fn shell(dir: &StoreDir, name: &str, script: &str) -> Derivation {
+    let mut drv = Derivation {
+        name: Name::new(name).unwrap(),
+        outputs: BTreeMap::new(),
+        input_drvs: BTreeMap::new(),
+        input_srcs: BTreeSet::new(),
+        system: "x86_64-linux".into(),
+        builder: "/bin/sh".into(),
+        args: vec!["-c".into(), script.into()],
+        env: [("PATH".into(), "/bin:/usr/bin".into())].into(),
+    };
+    fill(dir, &mut drv);
+    drv
+}
+
+/// Gives the output of a derivation the path that follows from what it is now.
+pub fn fill(dir: &StoreDir, drv: &mut Derivation) {
+    drv.outputs = [(OutputName::out(), Output::Deferred)].into();
+    drv.env.insert("out".into(), "".into());
+    let nothing = |_: &StorePath| Err::<Derivation, _>(std::fmt::Error);
+    let modulo = Memo::new().modulo(dir, drv, Mask::On, nothing).unwrap();
+    fill_deferred(dir, drv, &modulo.digest).unwrap();
 }

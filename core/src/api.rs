@@ -419,6 +419,20 @@ pub trait Store: ReadStore {
     /// Protects paths, valid or not, from collectors until this value goes away.
     fn add_temp_roots(&self, paths: &BTreeSet<StorePath>) -> Result<(), StoreError>;
 
+    /// Protects paths as [`Store::add_temp_roots`] does, and gives the valid ones; with `substitute`
+    /// those that are not valid, and no derivations, are fetched first where somebody has them.
+    fn hold_valid(&self, paths: &BTreeSet<StorePath>, substitute: bool) -> Result<BTreeSet<StorePath>, StoreError> {
+        self.add_temp_roots(paths)?;
+        let valid = self.valid_subset(paths)?;
+        let missing = paths.difference(&valid).filter(|path| substitute && !path.is_derivation());
+        let missing: Vec<DerivedPath> = missing.map(|path| DerivedPath::Opaque(path.clone())).collect();
+        if missing.is_empty() {
+            return Ok(valid);
+        }
+        self.build(&missing, BuildMode::Normal)?;
+        self.valid_subset(paths)
+    }
+
     /// Makes a link anywhere on the disk a root.
     fn add_indirect_root(&self, link: &Path) -> Result<(), StoreError>;
 

@@ -17,6 +17,7 @@ pub type Body = fn(&[u8]);
 
 /// Every body by its name: that of the target and of the folder below `corpus`.
 pub const BODIES: &[(&str, Body)] = &[
+    ("client", wire::client),
     ("connection", wire::connection),
     ("drv", drv::drv),
     ("export", export::export),
@@ -25,6 +26,7 @@ pub const BODIES: &[(&str, Body)] = &[
     ("registration", registration::registration),
     ("settings", settings::settings),
     ("serve", wire::serve_commands),
+    ("serve_client", wire::serve_client),
     ("store_path", store_path::store_path),
     ("wire", wire::wire),
 ];

@@ -1,10 +1,17 @@
 //! The protocols: messages by themselves, and whole connections.
 
+use std::collections::BTreeSet;
 use std::io::BufReader;
+use std::sync::Arc;
 
+use larder_core::api::{BuildMode, Collect, DerivedPath, Outputs, Store};
+use larder_core::report::Silent;
 use larder_core::store_dir::StoreDir;
+use larder_core::store_path::StorePath;
+use larder_wire::serve::client::Client as ServeClient;
 use larder_wire::testing::{MemoryHost, MemoryStore};
 use larder_wire::value::Wire as _;
+use larder_wire::worker::client::Client;
 use larder_wire::worker::message::Message;
 use larder_wire::worker::ops::Request;
 use larder_wire::worker::server::{Options, serve};
@@ -58,7 +65,55 @@ pub fn connection(data: &[u8]) {
     host.store.check();
 }
 
-/// The same for the serve protocol; the first byte says whether the client may write.
+/// What a server says to our client, whatever that is: no panic, and after anything that is no
+/// error of the server's nothing is asked any more. The first byte is the version that we offer.
+pub fn client(data: &[u8]) {
+    let Some((&version, data)) = data.split_first() else { return };
+    let input = Box::new(BufReader::new(std::io::Cursor::new(data.to_vec())));
+    let newest = MIN_MINOR + version % (MINOR - MIN_MINOR + 1);
+    let Ok(client) = Client::connect(input, Box::new(std::io::sink()), dir(), newest, Arc::new(Silent)) else { return };
+    assert!(client.agreed().minor <= newest);
+    ask_everything(&client);
+}
+
+/// The same for the client of the serve protocol.
+pub fn serve_client(data: &[u8]) {
+    let Some((&version, data)) = data.split_first() else { return };
+    let input = Box::new(BufReader::new(std::io::Cursor::new(data.to_vec())));
+    let newest = version % (larder_wire::serve::MINOR + 1);
+    let Ok(client) = ServeClient::connect(input, Box::new(std::io::sink()), dir(), newest) else { return };
+    assert!(client.minor() <= newest);
+    ask_everything(&client);
+}
+
+fn ask_everything(store: &dyn Store) {
+    let path: StorePath = "0c0mv0v7jmmvwkr0fqm8jrc4clmz2w1c-x".parse().expect("a store path");
+    let drv: StorePath = "0c0mv0v7jmmvwkr0fqm8jrc4clmz2w1c-x.drv".parse().expect("a store path");
+    let paths: BTreeSet<StorePath> = [path.clone(), drv.clone()].into();
+    let targets = [DerivedPath::Built { drv: drv.clone(), outputs: Outputs::All }];
+    for _ in 0..3 {
+        if let Ok(Some(info)) = store.info(&path) {
+            assert_eq!(info.path, path);
+        }
+        let infos = store.infos(&[path.clone(), drv.clone()]);
+        assert!(infos.is_err() || infos.is_ok_and(|infos| infos.len() == 2));
+        let _ = store.is_valid(&path);
+        let _ = store.hold_valid(&paths, true);
+        let _ = store.closure(&paths, true);
+        let _ = store.sorted(&paths);
+        let _ = store.referrers(&path);
+        let _ = store.derivation_outputs(&drv);
+        let _ = store.missing(&targets);
+        let _ = store.nar(&path, &mut std::io::sink());
+        let results = store.build(&targets, BuildMode::Normal);
+        assert!(results.is_err() || results.is_ok_and(|results| results.len() == 1));
+        let _ = store.realise(&targets, BuildMode::Normal);
+        let _ = store.roots();
+        let _ = store.collect(&Collect::ListDead, u64::MAX);
+    }
+}
+
+/// The same as [`connection`] for the serve protocol; the first byte says whether the client may write.
 pub fn serve_commands(data: &[u8]) {
     let Some((&how, mut data)) = data.split_first() else { return };
     let host = MemoryHost { store: MemoryStore::new(dir()) };

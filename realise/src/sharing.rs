@@ -13,6 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use larder_core::derivation::Derivation;
 use larder_core::report::{Level, Reporter};
 use larder_core::store_path::StorePath;
 use larder_store::LocalStore;
@@ -51,6 +52,8 @@ pub struct Sharing<'a> {
 
 /// One build that runs.
 struct Shared {
+    /// What is built. A client that is trusted may call another derivation by the same path.
+    drv: Derivation,
     state: Mutex<State>,
 }
 
@@ -172,18 +175,24 @@ impl SharedBuilds {
         drop(self.changed.wait_timeout_while(lock(&self.threads), at_most, |threads| *threads > 0));
     }
 
-    /// Follows the build of this derivation, which is begun if there is none.
+    /// Follows the build of this derivation, which is begun if there is none. `None` if another
+    /// one is being built by its name.
     fn join(
         self: &Arc<Self>,
         store: &LocalStore,
         settings: &Arc<BuildSettings>,
         job: &Job,
-    ) -> Result<Seat, std::io::Error> {
+    ) -> Result<Option<Seat>, std::io::Error> {
         let mut running = lock(&self.running);
-        if let Some(seat) = running.get(&job.drv_path).and_then(|build| build.follow(false)) {
-            return Ok(seat);
+        if let Some(build) = running.get(&job.drv_path) {
+            if build.drv != job.drv {
+                return Ok(None);
+            }
+            if let Some(seat) = build.follow(false) {
+                return Ok(Some(seat));
+            }
         }
-        let build = Arc::new(Shared { state: Mutex::default() });
+        let build = Arc::new(Shared { drv: job.drv.clone(), state: Mutex::default() });
         let seat = build.follow(true).ok_or(std::io::ErrorKind::NotFound)?;
         let (builds, settings, job) = (Arc::clone(self), Arc::clone(settings), job.clone());
         let drv = job.drv_path.clone();
@@ -217,7 +226,7 @@ impl SharedBuilds {
             return Err(error);
         }
         running.insert(drv, build);
-        Ok(seat)
+        Ok(Some(seat))
     }
 }
 
@@ -275,7 +284,8 @@ impl Builder for Sharing<'_> {
         }
         loop {
             match self.builds.join(self.store, &self.settings, job) {
-                Ok(seat) => {
+                Ok(None) => return build::run(self.store, &self.settings, job, watch),
+                Ok(Some(seat)) => {
                     if let Some(outcome) = self.follow(&seat, job, watch) {
                         return outcome;
                     }

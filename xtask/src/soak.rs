@@ -8,7 +8,9 @@ const LONG_TESTS: &[(&str, &str)] = &[
     ("larder-store-db", "tests::crash"),
     ("larder-store-db", "tests::processes"),
     ("larder", "stress"),
+    ("larder", "daemon_soak"),
     ("larder", "crash"),
+    ("larder", "garbage_cuts"),
 ];
 
 /// Rounds of killed builds, as many as the mission asks for.

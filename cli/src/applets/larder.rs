@@ -4,6 +4,7 @@ mod asking;
 mod build;
 mod changing;
 mod check;
+mod copy;
 mod derivation;
 mod doctor;
 mod garbage;
@@ -21,7 +22,7 @@ use larder_core::report::Level;
 
 use super::nar::{dump_options, dump_to, restore_from, restore_options};
 use super::{Context, print};
-use crate::args::{LogFormat, Override, OverrideFrom};
+use crate::args::{Common, LogFormat, Override, OverrideFrom};
 use crate::exit::{Failure, Status};
 use crate::printer::{Output, Printer};
 
@@ -33,8 +34,7 @@ use crate::printer::{Output, Printer};
     disable_help_subcommand = true,
     subcommand_required = true,
     arg_required_else_help = true,
-    after_help = "`larder nix-store ...` and `larder nix-hash ...` are the commands of Nix with the same names;\n\
-                  `larder links DIR` makes links by which they can be called directly."
+    after_help = "`larder nix-store ...`, `larder daemon` and so on are those of Nix; `larder links DIR` makes links."
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -78,6 +78,8 @@ pub enum Command {
     Derivation(DerivationCommand),
     /// Copy files or trees into the store and print their paths
     Add(Add),
+    /// Copy paths with all they need from one store to another
+    Copy(copy::Copy),
     /// Tell what the store knows of paths
     PathInfo(PathInfo),
     /// List everything that paths need
@@ -108,12 +110,23 @@ pub enum Command {
     Optimise(garbage::Optimise),
     /// Make links by the names of the commands of Nix
     Links(Links),
+    /// Serve the store to other users (the same as nix-daemon)
+    #[command(disable_help_flag = true, hide = true)]
+    Daemon(Daemon),
     /// Take over the store of a Nix installation, from its own records
     Adopt(Adopt),
     /// Print a script that completes words in a shell
     Completions(Completions),
     /// Print the manual page, or write all pages
+    #[command(hide = true)]
     Man(Man),
+}
+
+#[derive(Debug, Args)]
+pub struct Daemon {
+    /// Words for nix-daemon
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "WORD")]
+    pub words: Vec<OsString>,
 }
 
 #[derive(Debug, Args)]
@@ -406,6 +419,9 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
             return Ok(if error.use_stderr() { Status::FAILURE } else { Status::SUCCESS });
         }
     };
+    if let Command::Daemon(args) = cli.command {
+        return super::nix_daemon::run(cx, args.words);
+    }
     cx.terminal.set_verbosity(cli.global.verbosity());
     cx.terminal.set_format(cli.global.log_format.unwrap_or_default());
     let mut overrides = cli.global.overrides();
@@ -441,11 +457,16 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
             restore_from(args.path.as_os_str(), restore_options(&settings), args.input.as_deref(), &cx.interrupt)?;
         }
         Command::Add(args) => changing::add(cx, &settings, &args)?,
+        Command::Copy(args) => {
+            let common = Common::of(cli.global.verbosity(), overrides);
+            copy::run(cx, &settings, &common, &args)?;
+        }
         Command::PathInfo(args) => asking::path_info(cx, &settings, &args)?,
         Command::Closure(args) => asking::print_closure(cx, &settings, &args)?,
         Command::Du(args) => asking::disk_usage(cx, &settings, &args)?,
         Command::Verify(args) => return changing::verify(cx, &settings, &args),
         Command::Adopt(args) => changing::adopt(cx, &settings, &args)?,
+        Command::Daemon(_) => {}
         Command::Db(args) => check::db(cx, &settings, &args)?,
         Command::Doctor(args) => return doctor::doctor(cx, &settings, &args),
         Command::Gc(args) => return garbage::collect(cx, &settings, &args),

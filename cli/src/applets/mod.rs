@@ -2,9 +2,11 @@
 //!
 //! A new applet is one row in [`APPLETS`]; `larder links` then makes a link for it.
 
+mod copying;
 pub mod larder;
 mod nar;
 pub mod nix_collect_garbage;
+pub mod nix_copy_closure;
 mod nix_daemon;
 pub mod nix_hash;
 pub mod nix_prefetch_url;
@@ -19,13 +21,13 @@ use larder_core::settings::{Configured, Settings};
 
 use self::nix_store::store::{StoreOpError, Voice};
 use crate::args::{Common, Override};
-use crate::builds::{expand_tabs, shows_logs};
+use crate::builds::shows_logs;
 use crate::conf::{Env, StoreChoice, load, machine};
 use crate::exit::{Failure, Status, chain};
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::printer::{Output, PrintError, Printer};
 use crate::remote::Opened;
-use crate::terminal::{Terminal, filter_log};
+use crate::terminal::Terminal;
 
 /// The version of Nix whose behaviour is followed where versions differ.
 pub const NIX_VERSION: &str = "2.26.3";
@@ -43,6 +45,11 @@ pub const APPLETS: &[Applet] = &[
     Applet { name: "nix-store", about: "manipulate or query the Nix store", run: nix_store::run },
     Applet { name: "nix-daemon", about: "serve the store to other users and machines", run: nix_daemon::run },
     Applet { name: "nix-collect-garbage", about: "delete unreachable store paths", run: nix_collect_garbage::run },
+    Applet {
+        name: "nix-copy-closure",
+        about: "copy paths with all they need to or from a machine",
+        run: nix_copy_closure::run,
+    },
     Applet { name: "nix-hash", about: "compute the cryptographic hash of a path", run: nix_hash::run },
     Applet { name: "nix-prefetch-url", about: "copy a file from a URL into the store", run: nix_prefetch_url::run },
 ];
@@ -109,9 +116,7 @@ impl Reporter for FarVoice {
         if let ActivityResult::BuildLogLine(line) | ActivityResult::PostBuildLogLine(line) = result
             && self.shows_logs
         {
-            let text = String::from_utf8_lossy(line);
-            let shown = filter_log(&text, self.voice.terminal.has_colour());
-            self.voice.terminal.message(Level::Notice, format_args!("{}", expand_tabs(&shown)));
+            self.voice.log_line(line);
         }
     }
     fn is_cancelled(&self) -> bool {
@@ -198,9 +203,14 @@ mod tests {
 
     #[test]
     fn help_fits_a_terminal() {
-        for text in
-            [nix_store::HELP, nix_hash::HELP, nix_collect_garbage::HELP, nix_daemon::HELP, nix_prefetch_url::HELP]
-        {
+        for text in [
+            nix_store::HELP,
+            nix_hash::HELP,
+            nix_collect_garbage::HELP,
+            nix_copy_closure::HELP,
+            nix_daemon::HELP,
+            nix_prefetch_url::HELP,
+        ] {
             for line in text.lines() {
                 assert!(line.chars().count() <= 80, "{line}");
                 assert_eq!(line.trim_end(), line);

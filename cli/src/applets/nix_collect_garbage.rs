@@ -11,7 +11,6 @@ use larder_core::settings::Settings;
 use larder_gc::profiles::{self, Which};
 
 use super::{Context, nix_store, print, version};
-use crate::args::nix_store::GcAction;
 use crate::args::{Grammar, UsageError, Words, parse_integer, scan, shown};
 use crate::conf::{Facts, LocalStore, StoreChoice, choose};
 use crate::exit::{Failure, Status};
@@ -95,7 +94,7 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         }
     }
     if !low.dry_run {
-        nix_store::store::collect(cx, &settings, GcAction::Delete, low.max_freed_bytes)?;
+        nix_store::delete_garbage(cx, &settings, &common, low.max_freed_bytes)?;
     }
     Ok(Status::SUCCESS)
 }

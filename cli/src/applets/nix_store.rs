@@ -24,7 +24,7 @@ use larder_fs::layout::Access;
 
 use super::nar::{dump_options, dump_to, restore_from, restore_options};
 use super::{Context, print, version};
-use crate::args::nix_store::{Command, LowArgs};
+use crate::args::nix_store::{Command, GcAction, LowArgs};
 use crate::args::{Common, shown};
 use crate::conf::{Facts, LocalStore, StoreChoice, choose, store_dir};
 use crate::exit::{Failure, Status};
@@ -184,6 +184,20 @@ fn far(
         files: opened.files.clone(),
     };
     far.run(command)
+}
+
+/// `--gc`, wherever the store is.
+pub(super) fn delete_garbage(
+    cx: &Context,
+    settings: &Settings,
+    common: &Common,
+    max_freed_bytes: Option<u64>,
+) -> Result<(), Failure> {
+    let command = Command::Gc { action: GcAction::Delete, max_freed_bytes };
+    match store::elsewhere(cx, settings, &command)? {
+        Some(choice) => far(cx, settings, common, choice, &command).map(drop),
+        None => store::collect(cx, settings, GcAction::Delete, max_freed_bytes),
+    }
 }
 
 /// Words between white space.

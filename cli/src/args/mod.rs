@@ -244,6 +244,11 @@ impl Verbosity {
 }
 
 impl Common {
+    /// What was said in another way than by these flags.
+    pub fn of(verbosity: Level, overrides: Vec<Override>) -> Self {
+        Self { verbosity: Verbosity(verbosity), overrides, ..Self::default() }
+    }
+
     /// The last level that is shown.
     pub fn verbosity(&self) -> Level {
         self.verbosity.0

@@ -48,9 +48,10 @@ const MAX_PER_USER: usize = 1024;
 /// Bytes that are read from a client at a time.
 const READ_BUFFER: usize = 8 << 10;
 
-/// How long connections may go on after we were told to end, and how long after that.
+/// How long connections may go on after we were told to end, and how long builds and connections
+/// that were cancelled may take to tidy up.
 const DRAIN: Duration = Duration::from_secs(30);
-const LAST_GRACE: Duration = Duration::from_secs(5);
+pub const LAST_GRACE: Duration = Duration::from_secs(5);
 
 /// How settings become options of the local store.
 pub type StoreOptions = Box<dyn Fn(&Settings) -> Options + Send + Sync>;
@@ -225,7 +226,7 @@ impl Daemon {
         let settings = self.settings();
         let trust = peer.judge(&settings, users).map_err(AdmitError::Users)?;
         let trust = trust.ok_or_else(|| AdmitError::NotAllowed { user: peer.user.clone() })?;
-        let shared = Shared::new(stream).map_err(AdmitError::Thread)?;
+        let shared = Shared::new(stream, stall_limit(&settings)).map_err(AdmitError::Thread)?;
         let number = {
             let mut all = self.connections();
             let of_user = all.open.values().filter(|(owner, _)| *owner == uid).count();
@@ -272,6 +273,12 @@ impl Daemon {
         self.builds.wait_until_idle(LAST_GRACE);
         Ok(())
     }
+}
+
+/// How long a client may say nothing in the middle of something: as long as a download may.
+fn stall_limit(settings: &Settings) -> Option<Duration> {
+    let seconds = settings.stalled_download_timeout;
+    (seconds > 0).then(|| Duration::from_secs(seconds))
 }
 
 /// Why a client was not let in.

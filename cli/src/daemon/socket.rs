@@ -99,6 +99,8 @@ impl Listener {
 #[derive(Debug)]
 pub struct Shared {
     stream: UnixStream,
+    /// A client that we wait for, in the middle of something, must send some bytes in this time.
+    stall: Option<Duration>,
     state: Mutex<SharedState>,
 }
 
@@ -114,9 +116,10 @@ struct SharedState {
 }
 
 impl Shared {
-    pub fn new(stream: UnixStream) -> io::Result<Arc<Self>> {
+    /// `stall`: a client that sends nothing for so long in the middle of something is given up.
+    pub fn new(stream: UnixStream, stall: Option<Duration>) -> io::Result<Arc<Self>> {
         stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
-        Ok(Arc::new(Self { stream, state: Mutex::default() }))
+        Ok(Arc::new(Self { stream, stall, state: Mutex::default() }))
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, SharedState> {
@@ -144,30 +147,37 @@ impl Shared {
 pub struct Reader {
     shared: Arc<Shared>,
     /// The time limit that the socket has now.
-    limited: bool,
+    limit: Option<Duration>,
 }
 
 impl Reader {
     pub const fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, limited: false }
+        Self { shared, limit: None }
     }
 }
 
 impl Read for Reader {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let deadline = self.shared.state().deadline;
-        if let Some(deadline) = deadline {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.shared.stream.set_read_timeout(Some(left))?;
-            self.limited = true;
-        } else if self.limited {
-            self.shared.stream.set_read_timeout(None)?;
-            self.limited = false;
+        let (deadline, resting) = {
+            let state = self.shared.state();
+            (state.deadline, state.resting)
+        };
+        let limit = match deadline {
+            Some(deadline) => Some(deadline.saturating_duration_since(Instant::now())),
+            None if resting => None,
+            None => self.shared.stall,
+        };
+        if limit.is_some_and(|limit| limit.is_zero()) {
+            return Err(io::ErrorKind::TimedOut.into());
         }
-        (&self.shared.stream).read(into)
+        if limit != self.limit {
+            self.shared.stream.set_read_timeout(limit)?;
+            self.limit = limit;
+        }
+        match (&self.shared.stream).read(into) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
+            outcome => outcome,
+        }
     }
 }
 

@@ -72,7 +72,7 @@ pub struct Opened {
 
 enum FarStore {
     Daemon(Box<WorkerClient>, SetOptions),
-    Other(Box<dyn Store>),
+    Other(Box<dyn Store + Send + Sync>),
 }
 
 impl std::fmt::Debug for FarStore {
@@ -82,7 +82,7 @@ impl std::fmt::Debug for FarStore {
 }
 
 impl Opened {
-    pub fn store(&self) -> &dyn Store {
+    pub fn store(&self) -> &(dyn Store + Sync) {
         match &self.far {
             FarStore::Daemon(client, _) => &**client,
             FarStore::Other(store) => &**store,
@@ -190,7 +190,7 @@ pub fn over_ssh(
     options: &str,
     is_verbose: bool,
     reporter: Arc<dyn Reporter + Send + Sync>,
-) -> Result<Box<dyn Store>, RemoteError> {
+) -> Result<Box<dyn Store + Send + Sync>, RemoteError> {
     let address = Address::parse(uri)?;
     let open = |source| RemoteError::Open { uri: uri.to_owned(), source };
     let ssh = Ssh::start(&address, options, is_verbose)?;

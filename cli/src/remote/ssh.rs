@@ -70,7 +70,7 @@ impl Ssh {
 
     /// What it says, and what it is told; it ends with both.
     pub fn into_ends(self) -> (impl Read + Send + 'static, impl Write + Send + 'static) {
-        let output = Output { child: self.child, output: Some(self.output), _known_hosts: self.known_hosts };
+        let output = Output { child: self.child, pipe: Some(self.output), _known_hosts: self.known_hosts };
         (self.input, output)
     }
 }
@@ -95,22 +95,22 @@ fn host_key_file(address: &Address, key: &str) -> Result<tempfile::NamedTempFile
 /// The way to the program, which ends when nothing more comes.
 struct Output {
     child: Child,
-    output: Option<ChildStdin>,
+    pipe: Option<ChildStdin>,
     _known_hosts: Option<tempfile::NamedTempFile>,
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.output.as_mut().map_or(Ok(0), |output| output.write(bytes))
+        self.pipe.as_mut().map_or(Ok(0), |pipe| pipe.write(bytes))
     }
     fn flush(&mut self) -> io::Result<()> {
-        self.output.as_mut().map_or(Ok(()), Write::flush)
+        self.pipe.as_mut().map_or(Ok(()), Write::flush)
     }
 }
 
 impl Drop for Output {
     fn drop(&mut self) {
-        self.output = None;
+        self.pipe = None;
         let since = Instant::now();
         while since.elapsed() < END {
             match self.child.try_wait() {

@@ -253,6 +253,9 @@ impl Store for Client {
     fn add_temp_roots(&self, paths: &BTreeSet<StorePath>) -> Result<(), StoreError> {
         self.query_valid(paths, true, false).map(drop)
     }
+    fn hold_valid(&self, paths: &BTreeSet<StorePath>, substitute: bool) -> Result<BTreeSet<StorePath>, StoreError> {
+        self.query_valid(paths, true, substitute)
+    }
     fn add_indirect_root(&self, _link: &Path) -> Result<(), StoreError> {
         Err(cannot("have roots"))
     }

@@ -382,7 +382,15 @@ impl ReadStore for Client {
 
 impl Store for Client {
     fn add_temp_roots(&self, paths: &BTreeSet<StorePath>) -> Result<(), StoreError> {
-        paths.iter().try_for_each(|path| self.call(&ops::AddTempRoot { path: path.clone() }).map(drop))
+        let asked: Vec<_> = paths.iter().map(|path| ops::AddTempRoot { path: path.clone() }).collect();
+        for some in asked.chunks(AHEAD) {
+            self.call_all(some)?;
+        }
+        Ok(())
+    }
+    fn hold_valid(&self, paths: &BTreeSet<StorePath>, substitute: bool) -> Result<BTreeSet<StorePath>, StoreError> {
+        self.add_temp_roots(paths)?;
+        self.call(&ops::QueryValidPaths { paths: paths.clone(), substitute })
     }
     fn add_indirect_root(&self, link: &Path) -> Result<(), StoreError> {
         let link = FilePath(link.as_os_str().as_bytes().to_vec());

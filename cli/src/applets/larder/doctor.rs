@@ -342,7 +342,7 @@ fn daemon(cx: &Context, place: &LocalStore, found: &mut Findings) {
     if std::fs::symlink_metadata(&socket).is_err() {
         let text = format!("none: there is no socket {}", shown(&socket));
         if cx.env.is_root() {
-            let remedy = "other users need one: systemctl enable --now nix-daemon.socket, or nix-daemon --daemon";
+            let remedy = "other users need one: systemctl enable --now larder-daemon.socket, or nix-daemon --daemon";
             found.note(ABOUT, text, remedy);
         } else {
             found.good(ABOUT, text);
@@ -356,7 +356,7 @@ fn daemon(cx: &Context, place: &LocalStore, found: &mut Findings) {
             return found.problem(
                 ABOUT,
                 text,
-                format!("start it (systemctl start nix-daemon), or rm {}", shown(&socket)),
+                format!("start it (systemctl start larder-daemon), or rm {}", shown(&socket)),
             );
         }
         Err(error) => {

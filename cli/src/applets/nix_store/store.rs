@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use larder_core::content_address::Method;
 use larder_core::hash::Algorithm;
-use larder_core::report::{Level, Progress, Reporter, Start};
+use larder_core::report::{ActivityResult, Level, Progress, Reporter, Start};
 use larder_core::settings::Settings;
 use larder_core::store_path::{Name, NameError, StorePath};
 use larder_fs::layout::Access;
@@ -26,9 +26,10 @@ use super::realise;
 use crate::applets::Context;
 use crate::args::nix_store::{BuildMode, Command, GcAction, Query};
 use crate::args::{Common, shown};
+use crate::builds::expand_tabs;
 use crate::conf::{self, Facts, StoreChoice, choose};
-use crate::daemon::StoreOptions;
 use crate::daemon::socket::{StdioLine, StdoutWriter};
+use crate::daemon::{LAST_GRACE, StoreOptions};
 use crate::engine::Engine;
 use crate::exit::{Failure, Status};
 use crate::interrupt::Interrupt;
@@ -36,7 +37,7 @@ use crate::paths::{absolute, store_path, store_paths};
 use crate::printer::{Output, Printer};
 use crate::realising::Repairs;
 use crate::remote::Opened;
-use crate::terminal::Terminal;
+use crate::terminal::{Terminal, filter_log};
 
 /// Why an operation on the store cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,15 @@ pub(in crate::applets) enum StoreOpError {
 pub(in crate::applets) struct Voice {
     pub(in crate::applets) terminal: Arc<Terminal>,
     pub(in crate::applets) interrupt: Interrupt,
+}
+
+impl Voice {
+    /// Shows a line of a builder's output.
+    pub(in crate::applets) fn log_line(&self, line: &[u8]) {
+        let text = String::from_utf8_lossy(line);
+        let shown = filter_log(&text, self.terminal.has_colour());
+        self.terminal.message(Level::Error, format_args!("{}", expand_tabs(&shown)));
+    }
 }
 
 impl Reporter for Voice {
@@ -186,11 +196,14 @@ pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(),
     });
     let local = local.session(local.options().clone(), Arc::clone(&voice) as _);
     let (interrupt, env) = (cx.interrupt.clone(), Arc::new(cx.env.clone()));
-    let engine = Engine { local, settings, builds: Arc::default(), hides_logs: true, interrupt, env };
+    let engine = Engine { local, settings, builds: Arc::default(), hides_logs: false, interrupt, env };
     let mut session = RemoteSession { engine, voice };
     let mut input = io::BufReader::with_capacity(64 << 10, io::stdin());
     let mut output = io::BufWriter::with_capacity(64 << 10, StdoutWriter::new()?);
-    Ok(larder_wire::serve::server::serve(&mut input, &mut output, &mut session, write)?)
+    let served = larder_wire::serve::server::serve(&mut input, &mut output, &mut session, write);
+    // What was built is known before the last of it is tidied up.
+    session.engine.builds.wait_until_idle(LAST_GRACE);
+    Ok(served?)
 }
 
 /// `--serve` for a store that is a daemon's: what an ordinary user's login comes to.
@@ -241,6 +254,12 @@ impl Reporter for RemoteVoice {
     }
     fn start(&self, start: &Start<'_>) -> u64 {
         self.voice.start(start)
+    }
+    fn result(&self, _activity: u64, result: ActivityResult<'_>) {
+        // The other machine shows it, or not.
+        if let ActivityResult::BuildLogLine(line) = result {
+            self.voice.log_line(line);
+        }
     }
     fn is_cancelled(&self) -> bool {
         self.voice.is_cancelled() || (self.builds.load(Ordering::Relaxed) && self.line.has_hung_up())

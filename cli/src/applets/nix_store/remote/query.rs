@@ -71,15 +71,19 @@ impl Nodes for Known<'_, '_> {
 }
 
 impl Far<'_> {
+    #[expect(clippy::too_many_lines, reason = "a list of like entries, one for each query")]
     pub(super) fn query(&self, query: &Query) -> Result<(), Failure> {
         let (store, dir) = (self.store, self.store.dir());
         let paths = store_paths(dir, &query.paths)?;
         if query.force_realise {
             let targets: Vec<DerivedPath> = paths
                 .iter()
-                .map(|path| match path.is_derivation() {
-                    true => DerivedPath::Built { drv: path.clone(), outputs: Outputs::All },
-                    false => DerivedPath::Opaque(path.clone()),
+                .map(|path| {
+                    if path.is_derivation() {
+                        DerivedPath::Built { drv: path.clone(), outputs: Outputs::All }
+                    } else {
+                        DerivedPath::Opaque(path.clone())
+                    }
                 })
                 .collect();
             store.realise(&targets, api::BuildMode::Normal)?;
