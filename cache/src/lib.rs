@@ -11,7 +11,7 @@
 //! - [`binary_cache`]: one cache; [`caches`]: several, asked in order of their priority;
 //!   [`lookups`]: what was asked before, also by other processes;
 //! - [`compress`], [`nar`]: archives on their way, decompressed and checked;
-//! - [`write`], [`listing`]: making a cache; [`serve`]: being one; [`closure`]: many paths at once.
+//! - [`mod@write`], [`listing`]: making a cache; [`serve`]: being one; [`closure`]: many paths at once.
 //!
 //! HTTP is spoken with `ureq`: one request a connection at a time, connections kept and used
 //! again, a thread for each request that is open. HTTP/2 would put many requests on one
