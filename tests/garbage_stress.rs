@@ -131,7 +131,8 @@ fn builder(folder: &Path, random: &mut Random) {
     let (file, link) = (folder.join(format!("{me}.json")), folder.join("links").join(&me));
     std::fs::write(&file, json.to_string()).unwrap();
     let mut larder = Command::new(env!("CARGO_BIN_EXE_larder"));
-    larder.args(["build", "--option", "sandbox", "false", "--option", "build-users-group", "", "--root"]);
+    larder.args(["build", "--option", "sandbox", "false", "--option", "build-users-group", ""]);
+    larder.args(["--option", "substituters", "", "--root"]);
     larder.arg(&link).arg(&file).env("NIX_STORE_DIR", folder.join("store")).env("NIX_REMOTE", "");
     for (name, dir) in [("NIX_STATE_DIR", "var"), ("NIX_LOG_DIR", "log"), ("NIX_CONF_DIR", "etc")] {
         larder.env(name, folder.join(dir));

@@ -1,6 +1,6 @@
 //! Derivations read from the store, each once in a run.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use larder_core::derivation::options::Attributes;
@@ -75,11 +75,14 @@ pub fn unsupported(store: &LocalStore, path: &StorePath, drv: &Derivation, setti
     required.dedup();
     let ours = drv.system == settings.system
         || settings.extra_platforms.contains(&drv.system)
-        || (drv.system == "builtin" && drv.builder.starts_with(b"builtin:"));
-    if ours && required.iter().all(|feature| settings.system_features.contains(feature)) {
+        || drv.builder.starts_with(b"builtin:");
+    let mut features: BTreeSet<&str> = settings.system_features.iter().map(String::as_str).collect();
+    let experimental = ["ca-derivations", "recursive-nix"];
+    features.extend(experimental.into_iter().filter(|feature| settings.experimental_features.contains(*feature)));
+    if ours && required.iter().all(|feature| features.contains(feature.as_str())) {
         return None;
     }
-    let have: Vec<&str> = settings.system_features.iter().map(String::as_str).collect();
+    let have: Vec<&str> = features.into_iter().collect();
     Some(format!(
         "a '{}' with features {{{}}} is required to build '{}', but I am a '{}' with features {{{}}}",
         drv.system,

@@ -43,6 +43,7 @@ use larder_sandbox::launch::Launcher;
 use larder_store::LocalStore;
 
 use self::users::{BuildUser, UsersError};
+use crate::derivations::unsupported;
 use crate::job::{Failure, FailureKind, Job, Mode, Outcome, Watch};
 
 /// What builds depend on beside the store and the derivation.
@@ -151,7 +152,11 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
     let input = |text: String| Failure::new(FailureKind::InputRejected, text);
     let attributes = Attributes::new(&job.drv_path, &job.drv)?;
     let kind = job.drv.kind().map_err(|error| input(format!("derivation '{shown_drv}' {error}")))?;
-    check_platform(&shown_drv, settings, job, &attributes)?;
+    // What is written wrongly is no reason to say that it needs another machine.
+    attributes.strings("requiredSystemFeatures")?;
+    if let Some(text) = unsupported(store, &job.drv_path, &job.drv, &settings.values) {
+        return Err(input(text));
+    }
     if kind == Kind::Deferred {
         // The driver builds what they become.
         let text = format!("derivation '{shown_drv}' has outputs whose paths follow from what its inputs are built as");
@@ -312,44 +317,6 @@ fn without_sandbox(build: &mut Build<'_>, user: Option<&BuildUser>, reason: &str
         run::Stopped::Failed(failure) => failure,
         run::Stopped::NoSandbox(reason) => Failure::new(FailureKind::Misc, reason),
     })
-}
-
-/// Can this be built here at all (building, section 2.15)?
-fn check_platform(
-    shown_drv: &str,
-    settings: &BuildSettings,
-    job: &Job,
-    attributes: &Attributes<'_>,
-) -> Result<(), Failure> {
-    let values = &settings.values;
-    let is_builtin = job.drv.builder.starts_with(b"builtin:");
-    let system = &job.drv.system;
-    let needed: BTreeSet<String> = attributes
-        .strings("requiredSystemFeatures")?
-        .unwrap_or_default()
-        .into_iter()
-        .map(|feature| String::from_utf8_lossy(feature).into_owned())
-        .collect();
-    let mut ours = values.system_features.clone();
-    for feature in ["ca-derivations", "recursive-nix"] {
-        if values.experimental_features.contains(feature) {
-            ours.insert(feature.to_owned());
-        }
-    }
-    let runs = is_builtin || *system == values.system || values.extra_platforms.contains(system);
-    if runs && needed.is_subset(&ours) {
-        return Ok(());
-    }
-    let list = |set: &BTreeSet<String>| set.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-    Err(Failure::new(
-        FailureKind::InputRejected,
-        format!(
-            "a '{system}' with features {{{}}} is required to build '{shown_drv}', but I am a '{}' with features {{{}}}",
-            list(&needed),
-            values.system,
-            list(&ours)
-        ),
-    ))
 }
 
 /// Locks all outputs or none; then, the one that somebody else has.
