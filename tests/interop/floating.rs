@@ -24,7 +24,8 @@ in
 const FLOATING: &str = r#"
 rec {
   leaf = ca "leaf" { recipe = "one"; } "echo same > $out";
-  leaf-again = ca "leaf" { recipe = "another"; } "echo same; echo same > $out";
+  # The same contents, which whoever comes first registers: this one comes second.
+  leaf-again = ca "leaf" { inherit leaf; } "cat $leaf > $out";
   user = ca "user" { inherit leaf; } "mkdir $out; ln -s $leaf $out/leaf; cat $leaf > $out/copy";
   user-again = ca "user" { leaf = leaf-again; } "mkdir $out; ln -s $leaf $out/leaf; cat $leaf > $out/copy";
   self = ca "self" {} "mkdir -p $out/bin; echo $out > $out/self; ln -s $out/self $out/bin/x; echo a-$out-b-$out >> $out/self";
