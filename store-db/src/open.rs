@@ -58,15 +58,16 @@ pub enum Mode {
 pub struct OpenOptions {
     pub mode: Mode,
     /// The most memory that pages may take, in bytes, for reading and again for writing. It is
-    /// filled only as pages are touched. A closure, and a change of many paths, come to the same
-    /// pages several times: this keeps as many as the references of 100,000 paths take. More is not
-    /// faster, as the kernel has the pages too, and fresh memory costs more than memory used anew.
+    /// filled only as pages are touched. A change of many paths comes to the same pages several times,
+    /// so writing keeps as many as the references of 100,000 paths take. For reading more is not
+    /// faster, as the kernel has the pages too, and fresh memory costs as much as a system call.
     pub cache_bytes: usize,
 }
 
 impl OpenOptions {
     pub const fn new(mode: Mode) -> Self {
-        Self { mode, cache_bytes: 24 << 20 }
+        let cache_bytes = if matches!(mode, Mode::ReadOnly) { 8 << 20 } else { 24 << 20 };
+        Self { mode, cache_bytes }
     }
 }
 
