@@ -49,9 +49,21 @@ impl LocalStore {
     /// All roots: links, files, temporary ones, and what running programs use.
     pub(crate) fn roots(&self) -> Result<Found, StoreError> {
         let stale = if self.ledger().is_ok() { StaleLinks::Remove } else { StaleLinks::Keep };
-        let mut valid = |path: &StorePath| self.is_valid(path).map_err(Box::new);
-        let found = roots::find(self.layout(), stale, &mut valid, self.reporter());
-        found.map_err(|error| StoreError::Roots(Box::new(error)))
+        let mut found = roots::temporary(self.layout(), stale, self.reporter())?;
+        // One snapshot answers for all links, and it must be younger than that reading: what became
+        // valid before has a temporary root no more.
+        let lasting = |valid: &mut dyn FnMut(&StorePath) -> Result<bool, Box<StoreError>>| {
+            let lasting = roots::lasting(self.layout(), stale, valid, self.reporter());
+            lasting.map_err(|error| StoreError::Roots(Box::new(error)))
+        };
+        let links = self.read_or(
+            || lasting(&mut |_| Ok(false)),
+            |txn| Ok(lasting(&mut |path| txn.is_valid(path).map_err(|error| Box::new(error.into())))),
+        )??;
+        found.roots.extend(links.roots);
+        found.roots.sort();
+        found.unreadable.extend(links.unreadable);
+        Ok(found)
     }
 
     /// Deletes some paths, each only if nothing outside of `paths` needs it.
