@@ -39,6 +39,10 @@ const CLIENTS: u64 = 32;
 
 #[test]
 fn many_clients_beside_a_collector() {
+    // It takes trusted clients.
+    if !crate::served::is_root() {
+        return;
+    }
     let house = House::new();
     let daemon = Daemon::start(&house, LARDER, "sandbox = false\nmax-jobs = 2\nbuild-poll-interval = 1");
     // The ledger stays open from the first question on.

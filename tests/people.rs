@@ -77,6 +77,8 @@ fn a_tree_goes_in_and_is_asked_about() {
     house.words("larder", "add nope").fails(&error);
 
     assert_eq!(house.words("larder", "verify -c").status, Some(0));
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let _ = std::fs::remove_file(Path::new(path).join("x"));
     std::fs::write(Path::new(path).join("x"), "jello\n").unwrap();
     let damaged = house.words("larder", "verify -c");
     assert!(damaged.status == Some(1) && damaged.stderr.contains("was modified!"), "{damaged:?}");

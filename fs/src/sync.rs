@@ -12,18 +12,25 @@ use crate::file_error::{At as _, FileError};
 
 const DOING: &str = "syncing";
 
-/// Syncs every file and directory of a small tree; for a large one `syncfs` is cheaper.
+/// Syncs every file and directory of a small tree; for a large one `syncfs` is cheaper. Where there is
+/// something that its owner may not open (a directory without permission to enter it), all of the file
+/// system is synced.
 ///
 /// Symlinks live in their directory and need no more. The name of the tree itself is not synced:
 /// that is for [`sync_dir`] of the directory it ends up in.
 pub fn sync_tree(dir: BorrowedFd<'_>, name: &OsStr, dir_path: &Path) -> Result<(), FileError> {
     let shown = || dir_path.join(name);
     let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).at(DOING, shown())?;
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => sync_file(dir, name).at(DOING, shown()),
-        FileType::Directory => sync_below(open_dir(dir, name).at(DOING, shown())?).at(DOING, shown()),
+    let synced = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => sync_file(dir, name),
+        FileType::Directory => open_dir(dir, name).and_then(sync_below),
         _ => Ok(()),
+    };
+    match synced {
+        Err(Errno::ACCESS) => rustix::fs::syncfs(dir),
+        synced => synced,
     }
+    .at(DOING, shown())
 }
 
 /// Syncs a directory: the names in it.
