@@ -526,9 +526,16 @@ mod tests {
         let expected = format!("file '{}' has an unsupported type", path.display());
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, Mode::from_raw_mode(0o600)).unwrap();
         assert_eq!(trusted(dir.path(), "tree").unwrap_err().to_string(), expected);
+        // It may be closed by now.
+        let open = || {
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            fs::set_permissions(dir.path().join("tree"), mode).unwrap();
+        };
+        open();
         fs::remove_file(&path).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
         assert_eq!(trusted(dir.path(), "tree").unwrap_err().to_string(), expected);
+        open();
         fs::remove_file(&path).unwrap();
         if root_or_skip("unsupported_types: device") {
             let device = rustix::fs::makedev(1, 3);

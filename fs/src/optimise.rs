@@ -536,6 +536,7 @@ mod tests {
 
     fn put(path: &Path, contents: &[u8], mode: u32) {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let _ = fs::set_permissions(path, fs::Permissions::from_mode(0o644));
         fs::write(path, contents).unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
