@@ -330,7 +330,7 @@ pub enum ChoiceError {
     NotAbsolute { uri: String, parameter: String, value: String },
     #[error("store URI '{uri}' is not valid: {reason}")]
     Parameter { uri: String, reason: &'static str },
-    #[error("cannot open Nix store '{uri}': this build of Larder speaks to local stores only")]
+    #[error("cannot open Nix store '{uri}': this works on local stores only")]
     NotLocal { uri: String },
     #[error(transparent)]
     Conf(#[from] ConfError),

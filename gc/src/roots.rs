@@ -116,33 +116,19 @@ impl Found {
         self.roots.dedup_by(|a, b| a.link.as_os_str() == b.link.as_os_str() && a.path == b.path);
     }
 
-    fn add(&mut self, other: Self) {
+    /// Joins what was found in two places.
+    pub fn add(&mut self, other: Self) {
         self.roots.extend(other.roots);
         self.unreadable.extend(other.unreadable);
         self.legacy_locks.extend(other.legacy_locks);
+        self.sort();
     }
 }
 
-/// All roots of a store.
-///
-/// A collector holds its lock and listens on its socket already. Temporary roots need not be
-/// valid; links and files whose path is not valid are no roots, and links are told
-/// (`skipping invalid root`).
-///
-/// Errors: validity cannot be tested; the directory of temporary roots cannot be read.
-pub fn find<E: std::error::Error + 'static>(
-    layout: &Layout,
-    stale_links: StaleLinks,
-    is_valid: IsValid<'_, E>,
-    reporter: &dyn Reporter,
-) -> Result<Found, RootsError<E>> {
-    let mut found = temporary(layout, stale_links, reporter)?;
-    found.add(lasting(layout, stale_links, is_valid, reporter)?);
-    found.sort();
-    Ok(found)
-}
-
 /// All roots but the temporary ones: links, files, and what running processes use.
+///
+/// A collector holds its lock and listens on its socket already, and has read the temporary roots.
+/// Links and files whose path is not valid are no roots, and links are told (`skipping invalid root`).
 ///
 /// A snapshot of the ledger that answers `is_valid` must be younger than the reading of the
 /// temporary roots: what became valid before that has them no more.
@@ -783,7 +769,8 @@ mod tests {
         for _ in 0..3 {
             let real = nix.run(&["--gc", "--print-roots"]);
             let mut valid = |path: &StorePath| Ok::<_, Infallible>(layout.real_path(path).exists());
-            let found = find(&layout, StaleLinks::Keep, &mut valid, &Silent).unwrap();
+            let mut found = temporary(&layout, StaleLinks::Keep, &Silent).unwrap();
+            found.add(lasting(&layout, StaleLinks::Keep, &mut valid, &Silent).unwrap());
             last = (real.lines().map(str::to_owned).collect(), lines(&found.roots, &layout));
             agreed = last.0 == last.1;
             if agreed {

@@ -60,9 +60,7 @@ impl LocalStore {
             || lasting(&mut |_| Ok(false)),
             |txn| Ok(lasting(&mut |path| txn.is_valid(path).map_err(|error| Box::new(error.into())))),
         )??;
-        found.roots.extend(links.roots);
-        found.roots.sort();
-        found.unreadable.extend(links.unreadable);
+        found.add(links);
         Ok(found)
     }
 

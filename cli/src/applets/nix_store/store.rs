@@ -43,7 +43,7 @@ use crate::terminal::{Terminal, filter_log};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(in crate::applets) enum StoreOpError {
-    #[error("cannot open Nix store '{uri}': this build of Larder speaks to local stores only")]
+    #[error("cannot open Nix store '{uri}': this works on local stores only")]
     NotLocal { uri: String },
     #[error("path '{path}' does not exist")]
     NoFile { path: String },
