@@ -49,8 +49,12 @@ fn many_clients_beside_a_collector() {
     house.write("f", "x");
     assert_eq!(house.words("nix-store", "--add f --store daemon").status, Some(0));
     let pid = daemon.child.id();
-    wait_for("nobody is connected", || std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().count() < 6);
-    let files_before = files(pid);
+    let mut files_before = Vec::new();
+    wait_for("nobody is connected", || {
+        let now = files(pid);
+        let last = std::mem::replace(&mut files_before, now);
+        files_before == last && !last.iter().any(|file| file.contains("/temproots/"))
+    });
     let end = Instant::now() + Duration::from_secs(seconds());
     let (builds, adds, most_kib) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let over = AtomicBool::new(false);
@@ -122,15 +126,13 @@ fn many_clients_beside_a_collector() {
     });
     assert!(builds.load(Ordering::Relaxed) > 0 && adds.load(Ordering::Relaxed) > 0);
     wait_for("nothing runs", || children(pid) == 0);
-    let mut files_after = Vec::new();
-    for _ in 0..100 {
-        files_after = files(pid);
-        if files_after == files_before {
-            break;
+    wait_for("all files are closed", || {
+        let mut more = files(pid);
+        for file in &files_before {
+            more.iter().position(|other| other == file).map(|at| more.remove(at));
         }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    assert_eq!(files_after, files_before, "all files are closed");
+        more.is_empty()
+    });
     wait_for("the temporary roots are gone", || {
         std::fs::read_dir(house.path().join("var/temproots")).map_or(0, Iterator::count) == 0
     });
