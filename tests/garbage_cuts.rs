@@ -6,6 +6,15 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+
+use larder_core::content_address::Method;
+use larder_core::hash::Algorithm;
+use larder_core::report::Silent;
+use larder_fs::layout::Access;
+use larder_store::collect::{CollectOptions, Freed};
+use larder_store::ingest::ContentAddressed;
+use larder_store::{LocalStore, Options};
 
 use crate::garbage::base;
 use crate::house::{House, LARDER, Run, run};
@@ -212,4 +221,62 @@ fn soak_additions_cut_anywhere() {
             cut.collect_all(what);
         });
     }
+}
+
+fn open(folder: &Path) -> LocalStore {
+    let layout = crate::garbage_stress::layout(folder);
+    LocalStore::open(layout, Options::default(), Access::ReadWrite, Arc::new(Silent)).unwrap()
+}
+
+/// Who dies as the ledger is synced for the last time has changed it, but those who have it open are not
+/// told before somebody writes. Nobody acts on what they are told until then.
+#[test]
+fn what_died_at_the_last_sync_is_settled_first() {
+    let Some(cut) = Cut::new() else { return };
+    cut.house.write("later", "makes known what is in the ledger");
+    let later = |what: &str| {
+        let done = cut.house.words("nix-store", "--add later");
+        assert_eq!(done.status, Some(0), "{what}: {done:?}");
+        cut.is_whole(what);
+    };
+    let work = cut.house.work();
+    let add = |store: &LocalStore, name: &str| {
+        let content =
+            ContentAddressed { name: name.parse().unwrap(), method: Method::Recursive, algorithm: Algorithm::Sha256 };
+        store.add(&work.join(name), &content).unwrap()
+    };
+    // Somebody has the ledger open all the time, in another process.
+    let each = |words: &str, act: &dyn Fn(&LocalStore, &str)| {
+        for nth in 1.. {
+            cut.restore();
+            let store = open(cut.house.path());
+            assert!(store.is_valid(&store.dir().parse(cut.kept.as_bytes()).unwrap()).unwrap());
+            let (was_cut, _) = cut.cut(words, "fdatasync", nth);
+            if !was_cut {
+                assert!(nth > 1, "{words} was not cut at all");
+                break;
+            }
+            act(&store, &format!("{words} cut at sync {nth}"));
+        }
+    };
+    // Registered, or not, and nothing keeps it: what is not valid goes.
+    each("--add new", &|store, what| {
+        store.collect(CollectOptions::default(), &mut Freed::default()).unwrap();
+        later(what);
+    });
+    // Deleted, or not: what somebody has found to be there stays.
+    each("--gc", &|store, what| {
+        let gone = add(store, "gone");
+        store.add_permanent_root(&gone, &work.join("found")).unwrap();
+        later(what);
+        store.collect(CollectOptions::default(), &mut Freed::default()).unwrap();
+        assert!(store.verify_path(&gone).unwrap(), "{what}");
+        cut.is_whole(what);
+    });
+    // The same for who makes it again, and dies in turn.
+    each("--add new", &|_, what| {
+        let (was_cut, run) = cut.cut("--add new", "renameat", 1);
+        assert!(was_cut || run.status == Some(0), "{what}");
+        later(what);
+    });
 }

@@ -39,7 +39,7 @@ impl Random {
     }
 }
 
-fn layout(folder: &Path) -> Layout {
+pub fn layout(folder: &Path) -> Layout {
     let store = folder.join("store");
     Layout {
         store_dir: StoreDir::new(store.to_str().unwrap()).unwrap(),
@@ -253,7 +253,7 @@ fn s090_soak_many_processes() {
     }
     let store = open(folder, false);
     let verified = store.verify(VerifyOptions { check_contents: true, repair: false, resume: false }, &Nobody).unwrap();
-    assert_eq!((verified.errors, verified.disappeared.len()), (0, 0));
+    assert_eq!((verified.errors, verified.disappeared), (0, Vec::new()));
     // What builders did not come to take away.
     let links: Vec<PathBuf> =
         std::fs::read_dir(folder.join("links")).into_iter().flatten().map(|link| link.unwrap().path()).collect();

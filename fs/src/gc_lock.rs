@@ -1,5 +1,8 @@
 //! The collector's lock: exclusive while it runs, shared for what must not meet it.
 //!
+//! While a collector runs there is a byte in the file. Who gets the lock and finds one knows that the
+//! last collector was killed, and that the ledger may not tell yet what it has deleted last.
+//!
 //! Source: gc, sections 5 and 6; formats, section 10.3.
 
 use std::path::Path;
@@ -23,7 +26,14 @@ impl GcLock {
     /// message for [`Wait::Yes`] is [`WAITING`]. Errors: the file cannot be opened or created.
     pub fn acquire(layout: &Layout, sharing: Sharing, mut wait: Wait<'_>) -> Result<Option<Self>, FileError> {
         let file = LockFile::open(&layout.gc_lock())?;
-        Ok(file.lock(sharing, &mut wait)?.then_some(Self { file, sharing }))
+        if !file.lock(sharing, &mut wait)? {
+            return Ok(None);
+        }
+        if sharing == Sharing::Exclusive {
+            // On a disk that is full there is no room for a mark, and a collector is wanted all the more.
+            let _ = file.mark(true);
+        }
+        Ok(Some(Self { file, sharing }))
     }
 
     pub const fn sharing(&self) -> Sharing {
@@ -32,6 +42,14 @@ impl GcLock {
 
     pub fn path(&self) -> &Path {
         self.file.path()
+    }
+}
+
+impl Drop for GcLock {
+    fn drop(&mut self) {
+        if self.sharing == Sharing::Exclusive {
+            let _ = self.file.mark(false);
+        }
     }
 }
 

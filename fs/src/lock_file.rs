@@ -130,6 +130,19 @@ impl LockFile {
         retry(|| rustix::io::pwrite(&self.fd, b"d", 0)).at("writing to lock file", &self.path).map(drop)
     }
 
+    /// Writes a byte to the file, or takes it away, as a mark for others.
+    pub(crate) fn mark(&self, marked: bool) -> Result<(), FileError> {
+        if marked {
+            return self.mark_stale();
+        }
+        retry(|| rustix::fs::ftruncate(&self.fd, 0)).at("writing to lock file", &self.path)
+    }
+
+    /// Is there a mark?
+    pub(crate) fn is_marked(&self) -> Result<bool, FileError> {
+        Ok(rustix::fs::fstat(&self.fd).at("getting status of", &self.path)?.st_size != 0)
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -61,6 +61,8 @@ struct State {
     gc_lock: LockFile,
     /// To the running collector, kept for the next root.
     connection: Option<UnixStream>,
+    /// A collector was killed, perhaps: see [`TempRoots::collector_died`].
+    died: bool,
 }
 
 impl TempRoots {
@@ -96,6 +98,27 @@ impl TempRoots {
         state.add(&self.layout, &text, self.answer_timeout)
     }
 
+    /// Has a collector been killed before or while a root was added?
+    ///
+    /// Then the ledger may still call valid what that one was deleting: who relies on it has the ledger
+    /// settled, and says so by [`TempRoots::settled`].
+    pub fn collector_died(&self) -> bool {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|state| state.died)
+    }
+
+    /// Takes away the mark that a killed collector has left.
+    pub fn settled(&self) -> Result<(), FileError> {
+        let mut guard = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(state) = guard.as_mut() else { return Ok(()) };
+        state.died = false;
+        // One that runs has a mark of its own.
+        if state.gc_lock.lock(Sharing::Shared, &mut Wait::No)? {
+            state.gc_lock.mark(false)?;
+            state.gc_lock.unlock()?;
+        }
+        Ok(())
+    }
+
     /// The name of our file, once there is one.
     pub fn file(&self) -> Option<PathBuf> {
         let guard = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -124,7 +147,7 @@ impl State {
         for n in 0..MAX_NAMES {
             let path = dir.join((pid + n * BEYOND_PIDS).to_string());
             if let Some(file) = claim(&path)? {
-                return Ok(Self { pid, file, gc_lock, connection: None });
+                return Ok(Self { pid, file, gc_lock, connection: None, died: false });
             }
             taken = Some(path);
         }
@@ -164,6 +187,7 @@ impl State {
         }
         // The connection, if any, was to a collector that has ended.
         self.connection = None;
+        self.died |= self.gc_lock.is_marked()?;
         let outcome = if appended { Ok(()) } else { self.append(text) };
         self.gc_lock.unlock()?;
         outcome

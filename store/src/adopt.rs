@@ -109,8 +109,10 @@ pub struct Output<'s> {
 
 /// A path that was valid, set aside until its replacement is registered.
 struct Aside {
-    name: OsString,
+    path: StorePath,
     old: OsString,
+    /// Of the replacement.
+    nar_hash: Sha256Digest,
 }
 
 impl LocalStore {
@@ -260,21 +262,36 @@ impl LocalStore {
         let mut aside: Vec<Aside> = Vec::new();
         let done = self.place_and_register(outputs, realised, announce, &mut placed, &mut aside);
         if done.is_err() {
-            // Nothing of it is in the ledger.
-            for path in &placed {
-                self.discard(OsStr::new(&path.to_string()));
-            }
-            if let Ok(dir) = self.store_fd() {
-                for Aside { name, old } in &aside {
-                    let _ = rustix::fs::renameat(dir, old, dir, name);
-                }
-            }
+            self.take_back(&placed, aside);
         } else {
             for Aside { old, .. } in &aside {
                 self.discard(old);
             }
         }
         done
+    }
+
+    /// Undoes what [`LocalStore::place_and_register`] did before it failed, but for what is in the ledger
+    /// all the same. If nobody can tell, everything is left to collectors.
+    fn take_back(&self, placed: &[StorePath], aside: Vec<Aside>) {
+        if self.ledger().and_then(|ledger| Ok(ledger.settle()?)).is_err() {
+            return;
+        }
+        let Ok(dir) = self.store_fd() else { return };
+        for path in placed.iter().filter(|path| !aside.iter().any(|aside| aside.path == **path)) {
+            if matches!(self.is_valid(path), Ok(false)) {
+                self.discard(OsStr::new(&path.to_string()));
+            }
+        }
+        for Aside { path, old, nar_hash } in aside {
+            if self.info(&path).is_ok_and(|info| info.nar_hash == nar_hash) {
+                self.discard(&old);
+            } else {
+                let name = OsString::from(path.to_string());
+                self.discard(&name);
+                let _ = rustix::fs::renameat(dir, &old, dir, &name);
+            }
+        }
     }
 
     fn place_and_register(
@@ -310,7 +327,7 @@ impl LocalStore {
                 rustix::fs::renameat(dir, &taken.incoming.entry, dir, &name).map(|()| None)
             };
             let old = replaced.map_err(|e| FileError::new("renaming to", &real, io::Error::from(e)))?;
-            aside.extend(old.map(|old| Aside { name, old }));
+            aside.extend(old.map(|old| Aside { path: info.path.clone(), old, nar_hash: info.nar_hash }));
             taken.incoming.kept = true;
             placed.push(info.path.clone());
             if self.options().auto_optimise_store {

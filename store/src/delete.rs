@@ -49,7 +49,11 @@ impl LocalStore {
     /// All roots: links, files, temporary ones, and what running programs use.
     pub(crate) fn roots(&self) -> Result<Found, StoreError> {
         let stale = if self.ledger().is_ok() { StaleLinks::Remove } else { StaleLinks::Keep };
-        let mut found = roots::temporary(self.layout(), stale, self.reporter())?;
+        self.add_lasting(roots::temporary(self.layout(), stale, self.reporter())?, stale)
+    }
+
+    /// To some temporary roots, all others.
+    fn add_lasting(&self, mut found: Found, stale: StaleLinks) -> Result<Found, StoreError> {
         // One snapshot answers for all links, and it must be younger than that reading: what became
         // valid before has a temporary root no more.
         let lasting = |valid: &mut dyn FnMut(&StorePath) -> Result<bool, Box<StoreError>>| {
@@ -79,11 +83,10 @@ impl LocalStore {
         options: DeleteOptions,
     ) -> Result<(), StoreError> {
         self.reporter().message(Level::Info, format_args!("finding garbage collector roots..."));
-        let found = if options.ignore_liveness {
-            roots::temporary(self.layout(), StaleLinks::Remove, self.reporter())?
-        } else {
-            self.roots()?
-        };
+        let temporary = roots::temporary(self.layout(), StaleLinks::Remove, self.reporter())?;
+        // As in `survey_with`.
+        self.ledger()?.settle()?;
+        let found = if options.ignore_liveness { temporary } else { self.add_lasting(temporary, StaleLinks::Remove)? };
         // The locks keep owners of old-style temporary roots out until all is decided and done.
         let Found { roots, unreadable, legacy_locks: _held } = found;
         if let Some(hidden) = unreadable.into_iter().next() {

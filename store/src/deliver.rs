@@ -65,7 +65,7 @@ impl LocalStore {
             return Ok(Claim::Busy(real));
         };
         locks.on_release(OnRelease::Delete);
-        if !replace && self.is_valid(path)? {
+        if !replace && self.is_valid_under_lock(path)? {
             locks.release()?;
             return Ok(Claim::Valid);
         }

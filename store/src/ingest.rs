@@ -349,7 +349,7 @@ impl<'s> Arrivals<'s> {
             .expect("waited until it was free");
         // Whether the path becomes valid or goes away again, nobody needs its lock file then.
         locks.on_release(OnRelease::Delete);
-        if store.is_valid(&path)? {
+        if store.is_valid_under_lock(&path)? {
             // Someone else added it while we waited.
             return Ok(locks.release()?);
         }

@@ -1,6 +1,7 @@
 //! A store on the local file system: opening it, and asking about its paths.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -234,12 +235,26 @@ impl LocalStore {
 
     /// Protects paths from collectors until this value goes away.
     pub fn add_temp_roots<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) -> Result<(), StoreError> {
-        Ok(self.temp_roots().add_all(paths)?)
+        self.temp_roots().add_all(paths)?;
+        self.settle_after_collector()
+    }
+
+    /// Has the ledger tell what a killed collector has deleted last, if there was one.
+    fn settle_after_collector(&self) -> Result<(), StoreError> {
+        if self.temp_roots().collector_died()
+            && let Ok(ledger) = self.ledger()
+        {
+            ledger.settle()?;
+            self.temp_roots().settled()?;
+        }
+        Ok(())
     }
 
     /// Makes a link that keeps a path from being collected; gives it as it was made.
     pub fn add_permanent_root(&self, path: &StorePath, link: &Path) -> Result<PathBuf, StoreError> {
-        Ok(larder_gc::add_root::add_permanent(&self.layout, self.temp_roots(), path, link)?)
+        let link = larder_gc::add_root::add_permanent(&self.layout, self.temp_roots(), path, link)?;
+        self.settle_after_collector()?;
+        Ok(link)
     }
 
     /// Asks the ledger; everything `f` asks is answered from one moment. `f` must be quick.
@@ -263,6 +278,28 @@ impl LocalStore {
 
     pub fn is_valid(&self, path: &StorePath) -> Result<bool, StoreError> {
         self.read(|txn| Ok(txn.is_valid(path)?))
+    }
+
+    /// Those of some paths that are valid. The caller has locked all of them, and is going to make the
+    /// others.
+    ///
+    /// If something lies there that is not valid, whoever has put it there may have died at the very
+    /// end of registering it. That counts as soon as anybody writes to the ledger, so it counts now:
+    /// what is valid must not be taken away to make it anew.
+    pub fn valid_under_lock(&self, paths: &BTreeSet<StorePath>) -> Result<BTreeSet<StorePath>, StoreError> {
+        let valid = self.valid_subset(paths)?;
+        for path in paths.difference(&valid) {
+            if self.has_entry(OsStr::new(&path.to_string()))? {
+                self.ledger()?.settle()?;
+                return self.valid_subset(paths);
+            }
+        }
+        Ok(valid)
+    }
+
+    /// [`LocalStore::valid_under_lock`] of a single path.
+    pub fn is_valid_under_lock(&self, path: &StorePath) -> Result<bool, StoreError> {
+        Ok(!self.valid_under_lock(&BTreeSet::from([path.clone()]))?.is_empty())
     }
 
     /// The record of a path; an error if it is not valid.

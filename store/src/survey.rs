@@ -117,6 +117,10 @@ impl LocalStore {
     /// directory. See `docs/gc-protocol.md`.
     pub(crate) fn survey_with(&self, stale: StaleLinks) -> Result<Survey, StoreError> {
         let temporary = roots::temporary(self.layout(), stale, self.reporter())?;
+        if stale == StaleLinks::Remove {
+            // Whoever has no temporary root any more may have died as the ledger was synced for the last time.
+            self.ledger()?.settle()?;
+        }
         let graph = self.read(|txn| Ok(Graph::load(txn)?))?;
         let mut valid = |path: &StorePath| Ok::<_, Box<StoreError>>(graph.node(path).is_some());
         let lasting = roots::lasting(self.layout(), stale, &mut valid, self.reporter());

@@ -169,7 +169,7 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
     let paths = floating::paths(store, job, kind)?;
     // Roots come before the question what is valid.
     store.add_temp_roots(paths.values())?;
-    let valid = store.valid_subset(&paths.values().cloned().collect())?;
+    let valid = store.valid_under_lock(&paths.values().cloned().collect())?;
     let done = |locks: Vec<PathLocks>| {
         // What is valid needs no lock any more, so that nobody needs the files.
         for mut lock in locks {

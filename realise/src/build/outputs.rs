@@ -268,7 +268,7 @@ pub(super) fn register(build: &Build<'_>, collected: Collected<'_>, journal: &Jo
                 return Err(Failure::new(FailureKind::NotDeterministic, text));
             }
             // The same contents are there: those stay.
-            if build.job.mode == Mode::Normal && build.store.is_valid(path)? {
+            if build.job.mode == Mode::Normal && build.store.is_valid_under_lock(path)? {
                 continue;
             }
         }
