@@ -1,10 +1,14 @@
 //! Build users: accounts that builders run as, each used by one build at a time.
 //!
 //! Source: building, section 8. The members of the group are taken in their order; whoever holds
-//! the lock on `$V/userpool/<uid>` has the user, across all processes and real Nix.
+//! the lock on `$V/userpool/<uid>` has the user, across all processes and real Nix. Stores of one
+//! machine have state folders of their own, but the users are the same, and whoever has one kills all
+//! that it runs: so there is a second lock in [`FOR_ALL_STORES`], which Larder's stores share.
 
 use std::hash::{Hash as _, Hasher as _};
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
 
 use larder_fs::file_error::FileError;
 use larder_fs::layout::{Layout, make_dirs};
@@ -19,7 +23,18 @@ pub struct BuildUser {
     pub gid: u32,
     /// The groups of the account, for builds without a sandbox (`kvm`).
     pub groups: Vec<u32>,
-    _locks: Vec<LockFile>,
+    _lock: UserLock,
+}
+
+/// Locks named by user ids, for root alone. Where it cannot be made, each store has its own locks only.
+const FOR_ALL_STORES: &str = "/run/larder/uids";
+
+/// A user id that nobody else has, until dropped.
+#[derive(Debug)]
+pub(super) struct UserLock {
+    _store: LockFile,
+    _machine: Option<LockFile>,
+    _slot: Option<LockFile>,
 }
 
 /// Ids that belong to no account, for builds in a sandbox where there are no build users. Each is
@@ -68,7 +83,7 @@ pub fn acquire(layout: &Layout, users: &Users, group: &str) -> Result<Option<Bui
             let groups = users.groups_of(&user).map_err(UsersError::Database)?;
             // What belongs to root's group is nothing for a builder.
             let groups = groups.into_iter().filter(|gid| *gid != 0 && *gid != found.gid).collect();
-            return Ok(Some(BuildUser { uid: user.uid, gid: found.gid, groups, _locks: vec![lock] }));
+            return Ok(Some(BuildUser { uid: user.uid, gid: found.gid, groups, _lock: lock }));
         }
     }
     Ok(None)
@@ -76,9 +91,9 @@ pub fn acquire(layout: &Layout, users: &Users, group: &str) -> Result<Option<Bui
 
 /// Takes ids of a range that no build uses; `None` if all are in use.
 ///
-/// The lock on `$V/userpool2/slot-N` keeps real Nix out. Of other stores of this machine, which have
-/// locks of their own, nobody knows: so each begins at another place, and ids that are at work are
-/// passed over. (What a dead build of ours has left was killed before, by the journal.)
+/// The lock on `$V/userpool2/slot-N` keeps real Nix out. Each store begins at another place, as real
+/// Nix knows nothing of the others, and ids that are at work are passed over. (What a dead build of
+/// ours has left was killed before, by the journal.)
 pub fn allocate(layout: &Layout, range: Range) -> Result<Option<BuildUser>, UsersError> {
     let pool = layout.state.join("userpool2");
     make_dirs(&pool)?;
@@ -99,18 +114,37 @@ pub fn allocate(layout: &Layout, range: Range) -> Result<Option<BuildUser>, User
         if file.lock(Sharing::Exclusive, &mut Wait::No)?
             && let Some(lock) = lock(layout, uid)?
         {
-            return Ok(Some(BuildUser { uid, gid: uid, groups: Vec::new(), _locks: vec![file, lock] }));
+            let lock = UserLock { _slot: Some(file), ..lock };
+            return Ok(Some(BuildUser { uid, gid: uid, groups: Vec::new(), _lock: lock }));
         }
     }
     Ok(None)
 }
 
-/// Takes the lock of a build user, if nobody has it.
-pub(super) fn lock(layout: &Layout, uid: u32) -> Result<Option<LockFile>, FileError> {
+/// Takes the locks of a build user, if nobody has them.
+pub(super) fn lock(layout: &Layout, uid: u32) -> Result<Option<UserLock>, FileError> {
     let pool = layout.user_pool();
     make_dirs(&pool)?;
-    let lock = LockFile::open(&pool.join(uid.to_string()))?;
-    Ok(lock.lock(Sharing::Exclusive, &mut Wait::No)?.then_some(lock))
+    let of_store = LockFile::open(&pool.join(uid.to_string()))?;
+    if !of_store.lock(Sharing::Exclusive, &mut Wait::No)? {
+        return Ok(None);
+    }
+    let of_machine = for_all_stores(Path::new(FOR_ALL_STORES), uid);
+    if let Some(lock) = &of_machine
+        && !lock.lock(Sharing::Exclusive, &mut Wait::No)?
+    {
+        return Ok(None);
+    }
+    Ok(Some(UserLock { _store: of_store, _machine: of_machine, _slot: None }))
+}
+
+/// The lock file of a user id for all stores of this machine. Only root has users to share.
+fn for_all_stores(dir: &Path, uid: u32) -> Option<LockFile> {
+    if !rustix::process::geteuid().is_root() {
+        return None;
+    }
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).ok()?;
+    LockFile::open(&dir.join(uid.to_string())).ok()
 }
 
 #[cfg(test)]
@@ -136,6 +170,24 @@ mod tests {
         assert!(allocate(&layout, Range { start: u32::MAX, count: SLOT }).unwrap().is_none());
         assert!(allocate(&layout, Range { start: 0, count: SLOT }).unwrap().is_none());
         assert!(allocate(&layout, Range { start: 1, count: SLOT - 1 }).unwrap().is_none());
+    }
+
+    #[test]
+    fn stores_share_the_users_of_a_machine() {
+        if !rustix::process::geteuid().is_root() || for_all_stores(Path::new(FOR_ALL_STORES), 1).is_none() {
+            println!("skipped: it takes root, and a folder /run");
+            return;
+        }
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let [first, second] =
+            dirs.each_ref().map(|dir| Layout::rooted(StoreDir::new("/nix/store").unwrap(), dir.path()));
+        // Ids that no other test takes.
+        let range = Range { start: 1_900_000_000, count: SLOT };
+        let user = allocate(&first, range).unwrap().unwrap();
+        assert!(allocate(&second, range).unwrap().is_none());
+        assert!(lock(&second, user.uid).unwrap().is_none());
+        drop(user);
+        assert!(allocate(&second, range).unwrap().is_some());
     }
 
     #[test]
