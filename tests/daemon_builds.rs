@@ -235,6 +235,11 @@ fn build_alike(land: &Land) {
     let real = results.pop().unwrap();
     let mut different = 0;
     for ((line, ours), (_, real)) in ours.iter().zip(&real) {
+        // Who is not trusted may add signatures since some version after 2.8, and Larder does as 2.26.
+        if !crate::served::is_root() && (line.starts_with("nix store sign") || line.contains(" --sigs ")) {
+            assert_eq!(ours.status, Some(0), "{line}: {ours:?}");
+            continue;
+        }
         let is_same = (&ours.stdout, ours.status) == (&real.stdout, real.status);
         if !is_same || (land.compares_messages() && ours.stderr != real.stderr) {
             different += 1;
