@@ -6,12 +6,13 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 use std::sync::OnceLock;
 
 use larder_core::hash_part::HashPart;
 use larder_core::store_path::StorePath;
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::batch::{NONE, leading};
 use crate::error::DbError;
@@ -148,6 +149,14 @@ impl Lists {
         Ok(())
     }
 
+    /// Ends the lists before that of `node`.
+    fn end_until(&mut self, node: u32) -> Result<(), DbError> {
+        while self.starts.len() <= node as usize {
+            self.end_list()?;
+        }
+        Ok(())
+    }
+
     fn of(&self, node: u32) -> &[u32] {
         let at = |n: usize| self.starts.get(n).map(|start| *start as usize);
         match (at(node as usize), at(node as usize + 1)) {
@@ -271,14 +280,41 @@ impl Graph {
         mut each: impl FnMut(RecordView<'_>) -> Result<(), E>,
     ) -> Result<Self, E> {
         let count = usize::try_from(r.count()?).unwrap_or(usize::MAX);
-        let mut found = Found::with_capacity(count, r.reference_count()?);
-        r.for_each_with_references(|view, references| {
-            found.push(&view, references)?;
+        let mut names = Names::with_capacity(count);
+        let mut owners = Vec::new();
+        r.for_each(|view| {
+            if view.has_references() {
+                owners.push(u32::try_from(names.graph.len()).map_err(|_| DbError::TooLarge { limit: NONE })?);
+            }
+            names.push(&view)?;
             each(view)
         })?;
-        let mut graph = found.into_graph()?;
+        // Keys are numbers now, which take a fifth of the room.
+        names.index();
+        let references = names.graph.load_references(r, &owners)?;
+        let mut graph = names.into_graph(references);
         graph.load_outputs(r)?;
         Ok(graph)
+    }
+
+    /// The references of all; `owners` have some. They lie in the order of the nodes.
+    fn load_references(&self, r: &ReadTxn, owners: &[u32]) -> Result<Lists, DbError> {
+        let mut lists = Lists::with_capacity(self.len());
+        lists.nodes.reserve_exact(r.reference_count()?);
+        let mut rows = r.references_table()?.iter()?;
+        for owner in owners {
+            let row = rows.next().transpose()?;
+            let lost = || inconsistent(format_args!("the references of '{}' are lost", self.path_ref(Node(*owner))));
+            let (key, bytes) = row.as_ref().ok_or_else(lost)?;
+            if self.keys.get(*owner as usize) != Some(key.value()) {
+                return Err(lost());
+            }
+            lists.end_until(*owner)?;
+            let keys = parse_references(key.value(), bytes.value())?.0;
+            lists.nodes.extend(keys.iter().filter_map(|key| self.index.find(&self.keys, key)));
+        }
+        lists.end_until(u32::try_from(self.len()).map_err(|_| DbError::TooLarge { limit: NONE })?)?;
+        Ok(lists)
     }
 
     fn push_name(&mut self, path: PathRef<'_>, nar_size_bytes: u64) -> Result<(), DbError> {
@@ -510,23 +546,22 @@ pub fn closure_of(r: &ReadTxn, roots: &[StorePath], walk: Walk) -> Result<Graph,
         let set = graph.closure(nodes, walk);
         if set.len() == graph.len() { Ok(graph) } else { graph.restrict(&set) }
     };
-    let mut seen: FxHashSet<[u8; 20]> = FxHashSet::default();
-    let mut found = Found::default();
-    let mut frontier: Vec<[u8; 20]> = Vec::new();
+    let mut frontier: Vec<[u8; 20]> = Vec::with_capacity(roots.len());
     for root in &roots {
         if r.record(root)?.is_none() {
             return Err(DbError::NotValid { path: root.clone() });
         }
-        if seen.insert(*root.hash_part().as_bytes()) {
-            frontier.push(*root.hash_part().as_bytes());
-        }
+        frontier.push(*root.hash_part().as_bytes());
     }
+    frontier.dedup();
     if walk == Walk::REFERENCES {
-        return match sweep(r, frontier, seen, total / SWEEP_RATIO)? {
-            Some(found) => found.into_graph(),
+        return match sweep(r, &frontier, total / SWEEP_RATIO)? {
+            Some(graph) => Ok(graph),
             None => whole(r, &roots),
         };
     }
+    let mut seen: FxHashSet<[u8; 20]> = frontier.iter().copied().collect();
+    let mut found = Found::default();
     while !frontier.is_empty() {
         if (seen.len() as u64).saturating_mul(SWITCH_RATIO) > total {
             return whole(r, &roots);
@@ -551,57 +586,93 @@ pub fn closure_of(r: &ReadTxn, roots: &[StorePath], walk: Walk) -> Result<Graph,
     found.into_graph()
 }
 
+/// Keys, numbered as they are come upon.
+#[derive(Default)]
+struct Numbers {
+    keys: Vec<[u8; 20]>,
+    of: FxHashMap<[u8; 20], u32>,
+}
+
+impl Numbers {
+    /// The number of a key; is it new?
+    fn number(&mut self, key: &[u8; 20]) -> Result<(u32, bool), DbError> {
+        let next = u32::try_from(self.keys.len()).map_err(|_| DbError::TooLarge { limit: NONE })?;
+        Ok(match self.of.entry(*key) {
+            Entry::Occupied(known) => (*known.get(), false),
+            Entry::Vacant(free) => {
+                free.insert(next);
+                self.keys.push(*key);
+                (next, true)
+            }
+        })
+    }
+}
+
 /// What can be reached from some keys by references; `None` if that is more than `most`.
 ///
 /// Goes through the table of references in its own order, as a lift through a house: what is
 /// found ahead is taken along, what is found behind waits for the next turn. So a page is read a
 /// few times only, however deep the closure is. The records are read at the end, in one turn.
-fn sweep(
-    r: &ReadTxn,
-    roots: Vec<[u8; 20]>,
-    mut seen: FxHashSet<[u8; 20]>,
-    most: u64,
-) -> Result<Option<Found>, DbError> {
+fn sweep(r: &ReadTxn, roots: &[[u8; 20]], most: u64) -> Result<Option<Graph>, DbError> {
     let table = r.references_table()?;
-    let mut visited: Vec<([u8; 20], std::ops::Range<usize>)> = Vec::new();
-    let mut all: Vec<[u8; 20]> = Vec::new();
-    // The first bytes of a key decide nearly every comparison.
-    let mut ahead: BinaryHeap<Reverse<(u64, [u8; 20])>> = BinaryHeap::new();
-    let mut behind = roots;
+    let mut numbers = Numbers::default();
+    // By number: where the references of each lie in `all`, which has numbers too.
+    let mut ranges: Vec<std::ops::Range<u32>> = Vec::new();
+    let mut all: Vec<u32> = Vec::new();
+    // The first bytes of a key decide nearly every comparison, and the others do not matter here.
+    let mut ahead: BinaryHeap<Reverse<(u64, u32)>> = BinaryHeap::new();
+    let mut behind: Vec<(u64, u32)> = Vec::new();
+    for root in roots {
+        behind.push((leading(root), numbers.number(root)?.0));
+    }
+    let here = |all: &Vec<u32>| u32::try_from(all.len()).map_err(|_| DbError::TooLarge { limit: NONE });
     while !behind.is_empty() {
-        ahead.extend(behind.drain(..).map(|key| Reverse((leading(&key), key))));
-        while let Some(Reverse((_, key))) = ahead.pop() {
-            if seen.len() as u64 > most {
+        ahead.extend(behind.drain(..).map(Reverse));
+        while let Some(Reverse((place, number))) = ahead.pop() {
+            if numbers.keys.len() as u64 > most {
                 return Ok(None);
             }
-            let start = all.len();
+            let key = numbers.keys.get(number as usize).copied().unwrap_or_default();
+            let start = here(&all)?;
             if let Some(bytes) = table.get(&key)? {
-                all.extend_from_slice(parse_references(&key, bytes.value())?.0);
-            }
-            visited.push((key, start..all.len()));
-            for reference in all.get(start..).unwrap_or_default() {
-                if seen.insert(*reference) {
-                    if *reference > key {
-                        ahead.push(Reverse((leading(reference), *reference)));
-                    } else {
-                        behind.push(*reference);
+                for reference in parse_references(&key, bytes.value())?.0 {
+                    let (number, new) = numbers.number(reference)?;
+                    all.push(number);
+                    if new {
+                        let next = (leading(reference), number);
+                        if next.0 > place { ahead.push(Reverse(next)) } else { behind.push(next) }
                     }
                 }
             }
+            if ranges.len() <= number as usize {
+                ranges.resize(number as usize + 1, 0..0);
+            }
+            if let Some(range) = ranges.get_mut(number as usize) {
+                *range = start..here(&all)?;
+            }
         }
     }
-    // Stable, as that is quick where there are a few ascending rows.
-    visited.sort_by_key(|(key, _)| *key);
-    let keys: Vec<[u8; 20]> = visited.iter().map(|(key, _)| *key).collect();
-    let mut found = Found::with_capacity(keys.len(), all.len());
-    each_key(r.paths()?, &keys, |at, key, bytes| {
-        let Some(bytes) = bytes else {
-            return Err(inconsistent(format_args!("'{}' is not valid", HashPart::from_bytes(*key))));
-        };
-        let references = visited.get(at).and_then(|(_, range)| all.get(range.clone())).unwrap_or_default();
-        found.push(&parse(key, bytes)?, ReferencesView(references))
-    })?;
-    Ok(Some(found))
+    let mut order: Vec<u32> = (0u32..).take(numbers.keys.len()).collect();
+    order.sort_unstable_by_key(|number| numbers.keys.get(*number as usize));
+    let keys: Vec<[u8; 20]> = order.iter().filter_map(|number| numbers.keys.get(*number as usize)).copied().collect();
+    drop(numbers);
+    let mut names = Names::read(r, &keys)?;
+    names.index();
+    let mut node_of = vec![NONE; order.len()];
+    for (node, number) in (0..).zip(&order) {
+        if let Some(slot) = node_of.get_mut(*number as usize) {
+            *slot = node;
+        }
+    }
+    let mut references = Lists::with_capacity(order.len());
+    references.nodes.reserve_exact(all.len());
+    for number in order {
+        let range = ranges.get(number as usize).cloned().unwrap_or_default();
+        let own = all.get(range.start as usize..range.end as usize).unwrap_or_default();
+        references.nodes.extend(own.iter().filter_map(|number| node_of.get(*number as usize)));
+        references.end_list()?;
+    }
+    Ok(Some(names.into_graph(references)))
 }
 
 /// What some valid paths refer to, or what refers to them, as a graph of just these neighbours.
@@ -625,22 +696,18 @@ pub fn neighbours_of(r: &ReadTxn, paths: &[StorePath], backward: bool) -> Result
     }
     keys.sort_unstable();
     keys.dedup();
-    let mut references: Vec<Vec<[u8; 20]>> = Vec::with_capacity(keys.len());
+    let mut names = Names::read(r, &keys)?;
+    names.index();
+    let mut lists = Lists::with_capacity(keys.len());
     each_key(r.references_table()?, &keys, |_, key, bytes| {
-        references.push(match bytes {
-            Some(bytes) => parse_references(key, bytes)?.0.to_vec(),
-            None => Vec::new(),
-        });
-        Ok::<(), DbError>(())
+        if let Some(bytes) = bytes {
+            let graph = &names.graph;
+            let all = parse_references(key, bytes)?.0.iter();
+            lists.nodes.extend(all.filter_map(|key| graph.index.find(&graph.keys, key)));
+        }
+        lists.end_list()
     })?;
-    let mut found = Found::with_capacity(keys.len(), references.iter().map(Vec::len).sum());
-    each_key(r.paths()?, &keys, |at, key, bytes| {
-        let Some(bytes) = bytes else {
-            return Err(inconsistent(format_args!("'{}' is not valid", HashPart::from_bytes(*key))));
-        };
-        found.push(&parse(key, bytes)?, ReferencesView(references.get(at).map_or(&[], Vec::as_slice)))
-    })?;
-    found.into_graph()
+    Ok(names.into_graph(lists))
 }
 
 /// Calls `each` with the keys one step away.
@@ -681,22 +748,18 @@ fn neighbours(
     Ok(())
 }
 
-/// Paths as they were come upon, in any order.
+/// Names, sizes and derivers of paths. [`Names::index`] makes nodes of them, if their keys ascend.
 #[derive(Default)]
-struct Found {
-    /// Keys, names and sizes only.
+struct Names {
+    /// Nothing else than these.
     graph: Graph,
-    /// References of all, end to end, and where those of each end.
-    references: Vec<[u8; 20]>,
-    ends: Vec<u32>,
     derivers: Vec<FoundDeriver>,
     /// Ends of names of derivers, where they are not `.drv`.
     deriver_rests: Vec<Box<str>>,
-    /// Do the keys ascend?
-    ascending: bool,
 }
 
 /// A deriver whose name begins as its path's.
+#[derive(Clone, Copy)]
 struct FoundDeriver {
     key: [u8; 20],
     shared: u8,
@@ -710,8 +773,8 @@ impl FoundDeriver {
     const DRV: u32 = NONE - 1;
 }
 
-impl Found {
-    fn with_capacity(paths: usize, references: usize) -> Self {
+impl Names {
+    fn with_capacity(paths: usize) -> Self {
         Self {
             graph: Graph {
                 keys: Vec::with_capacity(paths),
@@ -720,20 +783,25 @@ impl Found {
                 nar_sizes_bytes: Vec::with_capacity(paths),
                 ..Graph::default()
             },
-            references: Vec::with_capacity(references),
-            ends: Vec::with_capacity(paths),
             derivers: Vec::with_capacity(paths),
             deriver_rests: Vec::new(),
-            ascending: true,
         }
     }
 
-    fn push(&mut self, view: &RecordView<'_>, references: ReferencesView<'_>) -> Result<(), DbError> {
-        let too_large = || DbError::TooLarge { limit: NONE };
-        self.ascending &= self.graph.keys.last().is_none_or(|last| last < view.path().hash_part().as_bytes());
+    /// The records of ascending keys, which must all be there.
+    fn read(r: &ReadTxn, keys: &[[u8; 20]]) -> Result<Self, DbError> {
+        let mut names = Self::with_capacity(keys.len());
+        each_key(r.paths()?, keys, |_, key, bytes| {
+            let Some(bytes) = bytes else {
+                return Err(inconsistent(format_args!("'{}' is not valid", HashPart::from_bytes(*key))));
+            };
+            names.push(&parse(key, bytes)?)
+        })?;
+        Ok(names)
+    }
+
+    fn push(&mut self, view: &RecordView<'_>) -> Result<(), DbError> {
         self.graph.push_name(view.path(), view.nar_size_bytes)?;
-        self.references.extend_from_slice(references.0);
-        self.ends.push(u32::try_from(self.references.len()).map_err(|_| too_large())?);
         let deriver = match view.deriver() {
             None => FoundDeriver { key: [0; 20], shared: 0, rest: FoundDeriver::ABSENT },
             Some(deriver) => {
@@ -742,13 +810,68 @@ impl Found {
                     FoundDeriver::DRV
                 } else {
                     self.deriver_rests.push(rest.into());
-                    u32::try_from(self.deriver_rests.len() - 1).map_err(|_| too_large())?
+                    u32::try_from(self.deriver_rests.len() - 1).map_err(|_| DbError::TooLarge { limit: NONE })?
                 };
                 let shared = u8::try_from(shared.len()).expect("it is read from a byte");
                 FoundDeriver { key: *deriver.hash_part.as_bytes(), shared, rest }
             }
         };
         self.derivers.push(deriver);
+        Ok(())
+    }
+
+    /// The same in the order of the keys, which is given.
+    fn sorted(self, order: &[u32]) -> Result<Self, DbError> {
+        let mut sorted = Self { deriver_rests: self.deriver_rests, ..Self::with_capacity(order.len()) };
+        for node in order.iter().map(|n| Node(*n)) {
+            sorted.graph.push_name(self.graph.path_ref(node), self.graph.nar_size_bytes(node))?;
+            sorted.derivers.extend(self.derivers.get(node.index()));
+        }
+        Ok(sorted)
+    }
+
+    fn index(&mut self) {
+        self.graph.text.shrink_to_fit();
+        self.graph.index = KeyIndex::new(&self.graph.keys);
+    }
+
+    /// The recorded deriver of the `n`th path, whose name is `own`, if it is there.
+    fn deriver_of(&self, found: FoundDeriver, own: Node) -> Option<Node> {
+        if found.rest == FoundDeriver::ABSENT {
+            return None;
+        }
+        let rest =
+            if found.rest == FoundDeriver::DRV { ".drv" } else { self.deriver_rests.get(found.rest as usize)? };
+        let node = Node(self.graph.index.find(&self.graph.keys, &found.key)?);
+        let name = [self.graph.name(own).get(..usize::from(found.shared))?, rest];
+        let deriver = DeriverView { hash_part: HashPart::from_bytes(found.key), name };
+        deriver.is(self.graph.path_ref(node)).then_some(node)
+    }
+
+    fn into_graph(mut self, references: Lists) -> Graph {
+        let derivers = self.graph.nodes().zip(&self.derivers);
+        let derivers =
+            derivers.map(|(node, found)| self.deriver_of(*found, node).map_or(NONE, |node| node.0)).collect();
+        self.graph.derivers = derivers;
+        self.graph.references = references;
+        self.graph
+    }
+}
+
+/// Paths as they were come upon, in any order, with their references.
+#[derive(Default)]
+struct Found {
+    names: Names,
+    /// References of all, end to end, and where those of each end.
+    references: Vec<[u8; 20]>,
+    ends: Vec<u32>,
+}
+
+impl Found {
+    fn push(&mut self, view: &RecordView<'_>, references: ReferencesView<'_>) -> Result<(), DbError> {
+        self.names.push(view)?;
+        self.references.extend_from_slice(references.0);
+        self.ends.push(u32::try_from(self.references.len()).map_err(|_| DbError::TooLarge { limit: NONE })?);
         Ok(())
     }
 
@@ -759,44 +882,23 @@ impl Found {
         self.references.get(start..end).unwrap_or_default()
     }
 
-    /// The recorded deriver of the `n`th path, whose name is `own`, if it is in the graph.
-    fn deriver_of(&self, n: usize, own: &str, graph: &Graph) -> Option<Node> {
-        let found = self.derivers.get(n).filter(|deriver| deriver.rest != FoundDeriver::ABSENT)?;
-        let rest =
-            if found.rest == FoundDeriver::DRV { ".drv" } else { self.deriver_rests.get(found.rest as usize)? };
-        let node = Node(graph.index.find(&graph.keys, &found.key)?);
-        let name = [own.get(..usize::from(found.shared))?, rest];
-        let deriver = DeriverView { hash_part: HashPart::from_bytes(found.key), name };
-        deriver.is(graph.path_ref(node)).then_some(node)
-    }
-
     /// Puts the paths in order. References out of the graph are left out.
     fn into_graph(mut self) -> Result<Graph, DbError> {
-        let mut order: Vec<u32> = self.graph.nodes().map(|node| node.0).collect();
-        let mut graph = if self.ascending {
-            std::mem::take(&mut self.graph)
-        } else {
-            order.sort_unstable_by_key(|n| self.graph.keys.get(*n as usize));
-            let mut graph = Graph::default();
-            for node in order.iter().map(|n| Node(*n)) {
-                graph.push_name(self.graph.path_ref(node), self.graph.nar_size_bytes(node))?;
-            }
-            graph
-        };
-        graph.text.shrink_to_fit();
-        graph.index = KeyIndex::new(&graph.keys);
+        let mut order: Vec<u32> = self.names.graph.nodes().map(|node| node.0).collect();
+        if !self.names.graph.keys.is_sorted() {
+            order.sort_unstable_by_key(|n| self.names.graph.keys.get(*n as usize));
+            self.names = std::mem::take(&mut self.names).sorted(&order)?;
+        }
+        self.names.index();
         let mut references = Lists::with_capacity(order.len());
         references.nodes.reserve_exact(self.references.len());
-        let mut derivers = Vec::with_capacity(order.len());
-        for (node, n) in graph.nodes().zip(order) {
+        for n in order {
             let keys = self.references_of(n as usize).iter();
+            let graph = &self.names.graph;
             references.nodes.extend(keys.filter_map(|key| graph.index.find(&graph.keys, key)));
             references.end_list()?;
-            derivers.push(self.deriver_of(n as usize, graph.name(node), &graph).map_or(NONE, |node| node.0));
         }
-        graph.references = references;
-        graph.derivers = derivers;
-        Ok(graph)
+        Ok(self.names.into_graph(references))
     }
 }
 

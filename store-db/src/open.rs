@@ -57,17 +57,21 @@ pub enum Mode {
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
     pub mode: Mode,
-    /// The most memory that pages may take, in bytes, for reading and again for writing. It is
+    /// The most memory that pages may take, in bytes, where this process has begun to write. It is
     /// filled only as pages are touched. A change of many paths comes to the same pages several times,
-    /// so writing keeps as many as the references of 100,000 paths take. For reading more is not
-    /// faster, as the kernel has the pages too, and fresh memory costs as much as a system call.
+    /// so as many are kept as the references of 100,000 paths take.
     pub cache_bytes: usize,
 }
 
+/// The same for who has only read so far. More is not faster: the kernel has the pages too, and the first
+/// touch of fresh memory costs more than the system call that brings a page again. (The closure of
+/// 20,000 of 100,000 paths: 67 ms of CPU with 1 MiB, 70 with 256 KiB, 68 with 8 MiB; the hashes of 10,000
+/// paths: 17, 23 and 24.)
+const READ_CACHE_BYTES: usize = 1 << 20;
+
 impl OpenOptions {
     pub const fn new(mode: Mode) -> Self {
-        let cache_bytes = if matches!(mode, Mode::ReadOnly) { 8 << 20 } else { 24 << 20 };
-        Self { mode, cache_bytes }
+        Self { mode, cache_bytes: 24 << 20 }
     }
 }
 
@@ -320,7 +324,9 @@ impl StoreDb {
 
     fn open_reader(&self) -> Result<ReadOnlyDatabase, DatabaseError> {
         let file = FileBackend::new(FileOptions::new().read(true).open(&self.path)?)?;
-        self.builder().open_read_only_with_backend(ReadAhead::new(file))
+        let mut builder = self.builder();
+        builder.set_cache_size(self.options.cache_bytes.min(READ_CACHE_BYTES));
+        builder.open_read_only_with_backend(ReadAhead::new(file))
     }
 
     /// May this user, by mode and by permission, write to the file?

@@ -307,31 +307,6 @@ impl ReadTxn {
         Ok(())
     }
 
-    /// [`ReadTxn::for_each`] with the references.
-    pub fn for_each_with_references<E: From<DbError>>(
-        &self,
-        mut f: impl FnMut(RecordView<'_>, ReferencesView<'_>) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut references = self.references_table()?.iter().map_err(DbError::from)?;
-        for row in self.paths()?.iter().map_err(DbError::from)? {
-            let (key, bytes) = row.map_err(DbError::from)?;
-            let view = parse(key.value(), bytes.value())?;
-            if !view.has_references() {
-                f(view, ReferencesView::default())?;
-                continue;
-            }
-            // Both tables have the same order.
-            let row = references.next().transpose().map_err(DbError::from)?;
-            match &row {
-                Some((owner, bytes)) if owner.value() == key.value() => {
-                    f(view, parse_references(owner.value(), bytes.value())?)?;
-                }
-                _ => return Err(inconsistent(format_args!("the references of '{}' are lost", view.path())).into()),
-            }
-        }
-        Ok(())
-    }
-
     /// All valid paths in order.
     pub fn all_paths(&self) -> Result<Vec<StorePath>, DbError> {
         let mut all = Vec::new();
