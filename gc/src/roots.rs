@@ -10,6 +10,7 @@
 use std::collections::BTreeSet;
 use std::ffi::{CString, OsStr, OsString};
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ use larder_fs::file_error::{FileError, shown};
 use larder_fs::layout::Layout;
 use larder_fs::lock_file::LockFile;
 use larder_fs::temp_roots::{self, Stale};
+use rustc_hash::FxHashSet;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
@@ -184,7 +186,8 @@ pub fn persistent<E: std::error::Error + 'static>(
     is_valid: IsValid<'_, E>,
     reporter: &dyn Reporter,
 ) -> Result<Found, RootsError<E>> {
-    let mut scan = Scan { layout, auto: layout.auto_roots(), stale_links, is_valid, reporter, found: Found::default() };
+    let (auto, valid, found) = (layout.auto_roots(), FxHashSet::default(), Found::default());
+    let mut scan = Scan { layout, auto, stale_links, is_valid, valid, reporter, found };
     scan.tree(&layout.gc_roots())?;
     scan.tree(&layout.profiles())?;
     scan.found.sort();
@@ -215,11 +218,16 @@ fn cannot_read(reporter: &dyn Reporter, path: &Path) {
 /// The longest path that is walked in one system call, in bytes; Linux takes 4095.
 const MAX_STEP: usize = 4000;
 
+/// The longest target that a symlink of Linux can have, in bytes.
+const MAX_TARGET: usize = 4096;
+
 struct Scan<'a, E> {
     layout: &'a Layout,
     auto: PathBuf,
     stale_links: StaleLinks,
     is_valid: IsValid<'a, E>,
+    /// Those that are: many links lead to few paths.
+    valid: FxHashSet<StorePath>,
     reporter: &'a dyn Reporter,
     found: Found,
 }
@@ -304,9 +312,20 @@ impl<E: std::error::Error + 'static> Scan<'_, E> {
         Ok(())
     }
 
+    fn is_valid(&mut self, path: &StorePath) -> Result<bool, RootsError<E>> {
+        if self.valid.contains(path) {
+            return Ok(true);
+        }
+        let valid = ask(self.is_valid, path)?;
+        if valid {
+            self.valid.insert(path.clone());
+        }
+        Ok(valid)
+    }
+
     fn file(&mut self, here: &Here<'_>, name: &OsStr) -> Result<(), RootsError<E>> {
         let Ok(path) = StorePath::from_base_name(name.as_bytes()) else { return Ok(()) };
-        if ask(self.is_valid, &path)? {
+        if self.is_valid(&path)? {
             self.found.roots.push(Root { link: here.path.join(name), path, kind: RootKind::File });
         }
         Ok(())
@@ -314,8 +333,9 @@ impl<E: std::error::Error + 'static> Scan<'_, E> {
 
     fn link(&mut self, here: &Here<'_>, name: &CString) -> Result<(), RootsError<E>> {
         let link = here.path.join(os(name.as_bytes()));
-        let target = match rustix::fs::readlinkat(here.fd, name, Vec::new()) {
-            Ok(target) => target.into_bytes(),
+        let mut room = [MaybeUninit::uninit(); MAX_TARGET];
+        let target = match rustix::fs::readlinkat_raw(here.fd, name, &mut room) {
+            Ok((target, _)) => &*target,
             // No symlink any more.
             Err(Errno::INVAL) => return Ok(()),
             Err(e) => {
@@ -323,19 +343,20 @@ impl<E: std::error::Error + 'static> Scan<'_, E> {
                 return Ok(());
             }
         };
-        if is_below_store(&self.layout.store_dir, &target) {
-            return self.points_to(link, &target, RootKind::Link);
+        if is_below_store(&self.layout.store_dir, target) {
+            return self.points_to(link, target, RootKind::Link);
         }
         // Of the directory where the link is, whose path is absolute.
-        let absolute = [here.path.as_os_str().as_bytes(), b"/", &target].concat();
-        let absolute = if target.starts_with(b"/") { &target } else { &absolute };
+        let absolute = [here.path.as_os_str().as_bytes(), b"/", target].concat();
+        let absolute = if target.starts_with(b"/") { target } else { &absolute };
         let Some(absolute) = canonicalise(absolute).map(|path| PathBuf::from(OsString::from_vec(path))) else {
             return Ok(());
         };
         // One hop more, and no other.
-        match rustix::fs::readlink(&absolute, Vec::new()) {
-            Ok(second) if is_below_store(&self.layout.store_dir, second.as_bytes()) => {
-                self.points_to(absolute, second.as_bytes(), RootKind::Indirect)
+        let mut room = [MaybeUninit::uninit(); MAX_TARGET];
+        match rustix::fs::readlinkat_raw(CWD, &absolute, &mut room) {
+            Ok((second, _)) if is_below_store(&self.layout.store_dir, second) => {
+                self.points_to(absolute, second, RootKind::Indirect)
             }
             // To something that is no symlink, or no symlink into the store.
             Ok(_) | Err(Errno::INVAL) => Ok(()),
@@ -360,7 +381,7 @@ impl<E: std::error::Error + 'static> Scan<'_, E> {
     /// A link, so named, points into the store.
     fn points_to(&mut self, link: PathBuf, target: &[u8], kind: RootKind) -> Result<(), RootsError<E>> {
         let Ok((path, _)) = self.layout.store_dir.parse_inside(target) else { return Ok(()) };
-        if ask(self.is_valid, &path)? {
+        if self.is_valid(&path)? {
             self.found.roots.push(Root { link, path, kind });
         } else {
             let text =

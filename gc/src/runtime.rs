@@ -5,15 +5,16 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, OsStr};
+use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 use larder_fs::file_error::FileError;
 use memchr::memmem;
-use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
 use rustix::fs::{CWD, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -21,6 +22,9 @@ use crate::roots::{Root, RootKind};
 
 /// Programs that the kernel starts.
 const KERNEL_FILES: [&str; 3] = ["modprobe", "fbsplash", "poweroff_cmd"];
+
+/// So many are read in the time that it takes to start a thread.
+const PROCESSES_A_THREAD: usize = 8;
 
 /// Store paths that processes use (valid or not), and errors that may hide some: no memory, no
 /// descriptors, but not that a process has ended or is closed to us. Without `/proc` there are none.
@@ -46,23 +50,35 @@ pub fn candidates(store_dir: &StoreDir, proc: &Path) -> (Vec<Root>, Vec<FileErro
             }
         }
     }
-    let uses: Vec<_> = pids
-        .into_par_iter()
-        .map_init(Vec::new, |buffer, pid| {
-            let pid = OsStr::from_bytes(pid.to_bytes());
-            let mut uses = Uses::new(store_dir, proc.join(pid));
-            uses.process(buffer);
-            (uses.found, uses.failures)
-        })
-        .collect();
-    let mut roots = found.found;
-    let mut failures = found.failures;
-    for (more, failed) in uses {
-        roots.extend(more);
-        failures.extend(failed);
-    }
-    let roots = roots.into_iter().map(|(link, path)| Root { link, path, kind: RootKind::Runtime });
-    (roots.collect(), failures)
+    // Plain threads: those of a pool would look for work, at length, when there is none left.
+    let next = AtomicUsize::new(0);
+    let some = || {
+        let (mut found, mut failures) = (BTreeSet::new(), Vec::new());
+        let mut buffer = Vec::new();
+        while let Some(pid) = pids.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut uses = Uses::new(store_dir, proc.join(OsStr::from_bytes(pid.to_bytes())));
+            uses.process(&mut buffer);
+            found.extend(uses.found);
+            failures.extend(uses.failures);
+        }
+        (found, failures)
+    };
+    let helpers = std::thread::available_parallelism().map_or(1, NonZero::get).min(pids.len() / PROCESSES_A_THREAD);
+    let mut add = |(more, failed): (BTreeSet<_>, Vec<_>)| {
+        found.found.extend(more);
+        found.failures.extend(failed);
+    };
+    std::thread::scope(|scope| {
+        // If there can be no more threads, this one does it all.
+        let builder = || std::thread::Builder::new().name("processes".to_owned());
+        let helpers: Vec<_> = (1..helpers).map_while(|_| builder().spawn_scoped(scope, some).ok()).collect();
+        add(some());
+        for helper in helpers {
+            add(helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+    });
+    let roots = found.found.into_iter().map(|(link, path)| Root { link, path, kind: RootKind::Runtime });
+    (roots.collect(), found.failures)
 }
 
 /// The uses of one process.
@@ -86,13 +102,12 @@ impl<'a> Uses<'a> {
             Ok(dir) => dir,
             Err(e) => return self.failed("opening directory", "", e),
         };
-        let runs = self.link(dir.as_fd(), "exe", "exe");
-        let _ = self.link(dir.as_fd(), "cwd", "cwd");
-        self.descriptors(&dir);
-        // Threads of the kernel, and what has ended, have no memory.
-        if runs == Err(Errno::NOENT) {
+        // Threads of the kernel, and what has ended, have no program, nor files.
+        if self.link(dir.as_fd(), "exe", "exe") == Err(Errno::NOENT) {
             return;
         }
+        let _ = self.link(dir.as_fd(), "cwd", "cwd");
+        self.descriptors(&dir);
         let finder = memmem::Finder::new(self.store_dir.as_str());
         match read(dir.as_fd(), "maps", buffer) {
             Ok(()) if finder.find(buffer).is_none() => {}
