@@ -8,6 +8,7 @@
 )]
 
 mod building;
+mod daemon;
 mod garbage;
 
 use std::ffi::OsString;
@@ -116,7 +117,8 @@ impl Bench {
         self.trees()?;
         self.ledger()?;
         self.garbage()?;
-        self.building()
+        self.building()?;
+        self.daemon()
     }
 
     /// Measures one workload on both sides in turn and prints a row.
@@ -469,6 +471,7 @@ struct Registered {
     closure_of_20k: Vec<String>,
     hub: Vec<String>,
     ten_thousand: Vec<String>,
+    paths: Vec<String>,
 }
 
 /// Writes `count` registrations with 6.9 references each: a quarter refers to one hub, and one
@@ -515,5 +518,6 @@ fn write_registrations(file: &Path, store: &Path, count: usize) -> Result<Regist
         closure_of_20k: paths.get(closure - 1).into_iter().cloned().collect(),
         hub: paths.get(hub).into_iter().cloned().collect(),
         ten_thousand: paths.iter().step_by(count / 10_000).take(10_000).cloned().collect(),
+        paths,
     })
 }

@@ -80,15 +80,34 @@ pub(crate) struct Cost {
 ///
 /// The kernel counts exactly and shows ticks of 10 ms, so short commands are run many times.
 fn children_cpu_s() -> f64 {
-    let text = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    ticks("self", 13, 2)
+}
+
+/// CPU time of a process and of its children that ended so far, in seconds.
+pub(crate) fn process_cpu_s(pid: u32) -> f64 {
+    ticks(&pid.to_string(), 11, 4)
+}
+
+/// Some figures of `/proc/PID/stat`, counted behind the name, as seconds.
+fn ticks(process: &str, first: usize, count: usize) -> f64 {
+    let text = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     let after_name = text.rsplit(')').next().unwrap_or_default();
-    let ticks: f64 = after_name.split_whitespace().skip(13).take(2).filter_map(|n| n.parse::<f64>().ok()).sum();
-    ticks / 100.0
+    let all = after_name.split_whitespace().skip(first).take(count);
+    all.filter_map(|n| n.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
+/// Resident memory of a process in MiB.
+pub(crate) fn resident_mib(pid: u32) -> f64 {
+    status_mib(pid, "VmRSS:")
 }
 
 fn peak_mib(pid: u32) -> f64 {
+    status_mib(pid, "VmHWM:")
+}
+
+fn status_mib(pid: u32, name: &str) -> f64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()).map_or(0.0, |kib| kib / 1024.0)
 }
 
@@ -117,12 +136,17 @@ impl Job {
         Ok(command)
     }
 
+    /// Starts it.
+    pub(crate) fn spawn(&self) -> Result<std::process::Child, Failed> {
+        self.command()?.spawn().map_err(|e| Failed(format!("{}: {e}", self.program.display())))
+    }
+
     /// Runs it `times` times in a row; the cost is that of one.
     pub(crate) fn cost(&self, times: u32) -> Result<Cost, Failed> {
         let (cpu, begun) = (children_cpu_s(), Instant::now());
         let mut peak: f64 = 0.0;
         for _ in 0..times {
-            let mut child = self.command()?.spawn().map_err(|e| Failed(format!("{}: {e}", self.program.display())))?;
+            let mut child = self.spawn()?;
             let status = if times == 1 {
                 loop {
                     peak = peak.max(peak_mib(child.id()));

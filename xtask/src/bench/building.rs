@@ -12,7 +12,7 @@ const SMALL: usize = 300;
 const GRAPH: usize = 10_000;
 
 /// The settings that both sides get. Nobody has a group of build users, so that both do the same.
-fn configured(mut job: Job, sandbox: bool) -> Job {
+pub(super) fn configured(mut job: Job, sandbox: bool) -> Job {
     let text = format!(
         "build-users-group =\nsandbox = {sandbox}\nsandbox-fallback = false\nsandbox-paths = /bin /usr /lib /lib64?\n\
          substituters =\nmax-jobs = 2"
@@ -22,7 +22,7 @@ fn configured(mut job: Job, sandbox: bool) -> Job {
 }
 
 /// A derivation of a shell that writes one line, and needs others of the same folder.
-fn write(folder: &Path, name: &str, needs: &[String]) -> Result<PathBuf, Failed> {
+pub(super) fn write(folder: &Path, name: &str, needs: &[String]) -> Result<PathBuf, Failed> {
     let mut inputs = String::new();
     for (n, need) in needs.iter().enumerate() {
         let _ = write!(inputs, "{}\"dep{n}\": \"{need}.json\"", if n > 0 { ", " } else { "" });
