@@ -71,6 +71,9 @@ impl ReadStore for Engine {
     fn info(&self, path: &StorePath) -> Result<Option<PathInfo>, StoreError> {
         ReadStore::info(&self.local, path)
     }
+    fn infos(&self, paths: &[StorePath]) -> Result<Vec<Option<PathInfo>>, StoreError> {
+        ReadStore::infos(&self.local, paths)
+    }
     fn is_valid(&self, path: &StorePath) -> Result<bool, StoreError> {
         ReadStore::is_valid(&self.local, path)
     }
@@ -116,9 +119,7 @@ impl Store for Engine {
     }
 
     fn add_root(&self, path: &StorePath, link: &Path) -> Result<(), StoreError> {
-        add_root::add_permanent(self.local.layout(), self.local.temp_roots(), path, link)
-            .map(drop)
-            .map_err(|error| StoreError::new(ErrorKind::Other, error))
+        Ok(self.local.add_permanent_root(path, link).map(drop)?)
     }
 
     fn roots(&self) -> Result<Vec<RootLink>, StoreError> {

@@ -26,6 +26,10 @@ impl ReadStore for LocalStore {
         Ok(self.read(|txn| Ok(txn.info(path)?))?)
     }
 
+    fn infos(&self, paths: &[StorePath]) -> Result<Vec<Option<PathInfo>>, ApiError> {
+        Ok(self.read_or(|| vec![None; paths.len()], |txn| Ok(txn.infos(paths)?))?)
+    }
+
     fn is_valid(&self, path: &StorePath) -> Result<bool, ApiError> {
         Ok(self.is_valid(path)?)
     }

@@ -47,6 +47,8 @@ pub struct Options {
     pub gc_sync_file: Option<std::path::PathBuf>,
     /// Write objects to the disk before they are registered (setting `fsync-metadata`).
     pub sync: bool,
+    /// Keep pages of the ledger in memory, 8 MiB at most: for who answers many questions.
+    pub keeps_pages: bool,
     /// Where the ledger is, if not in `db` of the state directory.
     pub db_dir: Option<std::path::PathBuf>,
     /// Locks that our parent process holds for us (`NIX_HELD_LOCKS`).
@@ -71,6 +73,7 @@ impl Default for Options {
             free_space_file: None,
             gc_sync_file: None,
             sync: true,
+            keeps_pages: false,
             db_dir: None,
             held_locks: HeldLocks::default(),
         }
@@ -125,6 +128,13 @@ impl LocalStore {
             &*reporter,
         )?;
         let db_dir = options.db_dir.clone().unwrap_or_else(|| layout.db());
+        let ledger = |mode| {
+            let mut how = larder_store_db::OpenOptions::new(mode);
+            if options.keeps_pages {
+                how.read_cache_bytes = 8 << 20;
+            }
+            StoreDb::open(&db_dir, &how)
+        };
         let db = match access {
             Access::ReadWrite => {
                 // A full disk is no reason to fail here: the reserve is a help, not a need.
@@ -134,9 +144,9 @@ impl LocalStore {
                         format_args!("cannot set space aside in '{}': {error}", layout.reserved().display()),
                     );
                 }
-                Some(StoreDb::open(&db_dir, &larder_store_db::OpenOptions::new(Mode::Create))?)
+                Some(ledger(Mode::Create)?)
             }
-            Access::ReadOnly => match StoreDb::open(&db_dir, &larder_store_db::OpenOptions::new(Mode::Existing)) {
+            Access::ReadOnly => match ledger(Mode::Existing) {
                 Ok(db) => Some(db),
                 Err(DbError::Missing { .. }) => None,
                 Err(error) => return Err(error.into()),

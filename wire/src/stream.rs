@@ -9,6 +9,48 @@ use larder_core::nar::Parser;
 
 use crate::codec::WireError;
 
+/// An input of which is known what has come already.
+pub(crate) struct Lookahead<'a> {
+    inner: &'a mut dyn BufRead,
+    /// So many bytes can be had without waiting.
+    held: usize,
+}
+
+impl<'a> Lookahead<'a> {
+    pub(crate) const fn new(inner: &'a mut dyn BufRead) -> Self {
+        Self { inner, held: 0 }
+    }
+
+    /// What has come and is not consumed.
+    pub(crate) fn held(&mut self) -> io::Result<&[u8]> {
+        if self.held == 0 {
+            return Ok(&[]);
+        }
+        self.fill_buf()
+    }
+}
+
+impl Read for Lookahead<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(out)?;
+        self.held = self.held.saturating_sub(n);
+        Ok(n)
+    }
+}
+
+impl BufRead for Lookahead<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        let found = self.inner.fill_buf()?;
+        self.held = found.len();
+        Ok(found)
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.held = self.held.saturating_sub(n);
+        self.inner.consume(n);
+    }
+}
+
 /// Frames: a length, so many bytes, and again, until a length of 0. No padding.
 pub struct Framed<'a> {
     input: &'a mut dyn BufRead,

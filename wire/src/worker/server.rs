@@ -36,7 +36,7 @@ use super::ops::{
 };
 use super::tunnel::{Line, MessageWriter, Outlet, Tunnel};
 use crate::codec::{Allowance, Budget, Decoder, Encoder, Protocol, WireError};
-use crate::stream::{BareNar, Framed};
+use crate::stream::{BareNar, Framed, Lookahead};
 use crate::value::{FilePath, Info, KeyedResult, One, Wire as _};
 
 /// A store for one connection.
@@ -125,6 +125,9 @@ pub(crate) fn error_message(error: &(dyn Error + 'static), status: u8, minor: u8
     ErrorMessage { text: text.into_bytes(), status: status.into(), traces: Vec::new() }
 }
 
+/// Questions that are answered from one snapshot, at most.
+const TOGETHER: usize = 256;
+
 /// Why an operation has no reply.
 enum Failure {
     /// The connection is in step, and goes on.
@@ -161,6 +164,7 @@ fn refused(text: &str) -> Failure {
 
 impl Connection<'_> {
     fn run(&mut self, input: &mut dyn BufRead) -> Result<(), WireError> {
+        let input = &mut Lookahead::new(input);
         loop {
             // Between requests a client may rest for as long as it likes, and may leave.
             self.tunnel.line().set_resting(true);
@@ -173,6 +177,7 @@ impl Connection<'_> {
             let request = self.read_request(input);
             self.tunnel.line().set_deadline(None);
             let outcome = match request {
+                Ok((Request::QueryPathInfo(r), _allowance)) if self.answer_together(&r.path, input)? => continue,
                 Ok((request, _allowance)) => {
                     self.tunnel.begin();
                     self.perform(request, input)
@@ -202,6 +207,50 @@ impl Connection<'_> {
             };
             sent.map_err(WireError::Write)?;
         }
+    }
+
+    /// Answers a question and those of the same kind that have come behind it, from one snapshot: clients
+    /// that walk a closure send many ahead. Not if there are none, or if anything goes wrong: then each
+    /// is answered by itself.
+    fn answer_together(&self, first: &StorePath, input: &mut Lookahead<'_>) -> Result<bool, WireError> {
+        if self.minor < 17 {
+            return Ok(false);
+        }
+        let mut paths = vec![first.clone()];
+        let held = input.held()?;
+        let mut rest = held;
+        let mut allowances = Vec::new();
+        while paths.len() < TOGETHER {
+            let mut behind = rest;
+            match self.read_request(&mut behind) {
+                Ok((Request::QueryPathInfo(r), allowance)) => {
+                    paths.push(r.path);
+                    allowances.push(allowance);
+                }
+                // Another kind, half a request, or a wrong one: that is found again.
+                _ => break,
+            }
+            rest = behind;
+        }
+        let used = held.len() - rest.len();
+        if used == 0 {
+            return Ok(false);
+        }
+        self.tunnel.begin();
+        let Ok(infos) = self.session.store().infos(&paths) else { return Ok(false) };
+        let mut allowance = Allowance::new(Arc::clone(&self.options.budget));
+        let mut replies = Vec::with_capacity(infos.len());
+        for info in infos {
+            let mut out = Vec::new();
+            OptionalInfo(info.map(Info::new)).write(&mut Encoder::new(&mut out, self.host.dir(), self.protocol));
+            if allowance.charge(out.len()).is_err() {
+                return Ok(false);
+            }
+            replies.push(out);
+        }
+        input.consume(used);
+        self.tunnel.reply_all(&replies).map_err(WireError::Write)?;
+        Ok(true)
     }
 
     fn read_request(&self, input: &mut dyn BufRead) -> Result<(Request, Allowance), WireError> {

@@ -196,6 +196,17 @@ impl Tunnel {
         state.send()
     }
 
+    /// Says of several pieces of work, one after the other, that they are done, and sends the replies.
+    pub(super) fn reply_all(&self, replies: &[Vec<u8>]) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.working = false;
+        for reply in replies {
+            self.encode(&Message::Last, &mut state.kept);
+            state.kept.extend_from_slice(reply);
+        }
+        state.send()
+    }
+
     /// Asks the client for data.
     pub(super) fn demand(&self, message: &Message) -> io::Result<()> {
         let mut state = lock(&self.state);

@@ -132,6 +132,11 @@ pub(in crate::applets) fn local(
 
 /// Opens the store that the settings and the environment choose.
 pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access) -> Result<LocalStore, Failure> {
+    open_with(cx, settings, access, false)
+}
+
+/// The same, `keeps_pages` for who is going to answer many questions.
+fn open_with(cx: &Context, settings: &Settings, access: Access, keeps_pages: bool) -> Result<LocalStore, Failure> {
     let local = local(cx, settings, access)?;
     let access = if local.read_only { Access::ReadOnly } else { access };
     if access == Access::ReadWrite {
@@ -149,7 +154,7 @@ pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access
             larder_fs::mounts::make_store_writable(&local.layout.real_store)?;
         }
     }
-    open_local(cx, settings, local, access)
+    open_local(cx, settings, local, access, keeps_pages)
 }
 
 fn open_local(
@@ -157,8 +162,9 @@ fn open_local(
     settings: &Settings,
     local: conf::LocalStore,
     access: Access,
+    keeps_pages: bool,
 ) -> Result<LocalStore, Failure> {
-    let options = store_options(cx, settings, &local);
+    let options = Options { keeps_pages, ..store_options(cx, settings, &local) };
     let voice = Arc::new(Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() });
     let store = LocalStore::open(local.layout, options, access, voice)?;
     store.tell_of_real_nix()?;
@@ -170,7 +176,7 @@ pub(in crate::applets) fn open_for_daemon(
     cx: &Context,
     settings: &Settings,
 ) -> Result<(LocalStore, StoreOptions, conf::LocalStore), Failure> {
-    let store = open(cx, settings, Access::ReadWrite)?;
+    let store = open_with(cx, settings, Access::ReadWrite, true)?;
     let StoreChoice::Local(local) = choose(&settings.store, &cx.env, Facts::gather(&cx.env, true)?)? else {
         return Err(StoreOpError::NotLocal { uri: settings.store.clone() }.into());
     };
@@ -188,7 +194,7 @@ pub(in crate::applets) fn open_for_daemon(
 /// `--serve`: commands of another machine on standard input and output.
 pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(), Failure> {
     let access = if write { Access::ReadWrite } else { Access::ReadOnly };
-    let local = open(cx, &settings, access)?;
+    let local = open_with(cx, &settings, access, true)?;
     let voice = Arc::new(RemoteVoice {
         voice: Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() },
         line: StdioLine(cx.interrupt.clone()),

@@ -87,9 +87,15 @@ impl Script {
 
     /// Plays it, and gives what the server says after the handshake.
     fn play(&self, host: &MemoryHost, trusted: bool) -> Answers {
+        self.play_in_pieces(host, trusted, self.bytes.len())
+    }
+
+    /// The same when it comes in pieces of this size.
+    fn play_in_pieces(&self, host: &MemoryHost, trusted: bool, size: usize) -> Answers {
         let sink = Sink::default();
         let options = Options::new("9.9", trusted, Budget::unlimited());
-        let served = serve(&mut &self.bytes[..], Box::new(sink.clone()), Box::new(Steady), host, &options);
+        let mut input = io::BufReader::with_capacity(size.max(1), &self.bytes[..]);
+        let served = serve(&mut input, Box::new(sink.clone()), Box::new(Steady), host, &options);
         host.store.check();
         let mut bytes = sink.0.lock().unwrap().clone();
         let mut head = 16;
@@ -174,6 +180,32 @@ fn an_object_at_every_version() {
         answers.outcome().unwrap();
         assert_eq!(answers.bytes, nar);
         answers.served.unwrap();
+    }
+}
+
+/// Questions that were sent ahead have the same answers as those that come one by one, in their order.
+#[test]
+fn questions_that_come_together() {
+    let host = host();
+    let (info, nar) = object("x", b"contents");
+    let missing: StorePath = "0c0mv0v7jmmvwkr0fqm8jrc4clmz2w1c-other".parse().unwrap();
+    let info_of = |path: &StorePath| ops::QueryPathInfo { path: path.clone() };
+    let mut script = Script::new(38).ask(&add_nar(&info, true)).framed(&nar);
+    for n in 0..400 {
+        script = match n % 23 {
+            7 => script.ask(&ops::IsValidPath { path: info.path.clone() }),
+            3 | 11 => script.ask(&info_of(&missing)),
+            _ => script.ask(&info_of(&info.path)),
+        };
+    }
+    // The last one is cut off.
+    let script = script.ask(&info_of(&info.path));
+    let script = Script { bytes: script.bytes[..script.bytes.len() - 5].to_vec(), minor: 38 };
+    let one_by_one = script.play_in_pieces(&host, true, 1);
+    assert!(one_by_one.bytes.len() > 400 * 24 && one_by_one.served.is_err());
+    for size in [8, 30, 90, 1000, 8192, script.bytes.len()] {
+        let together = script.play_in_pieces(&host, true, size);
+        assert!(together.bytes == one_by_one.bytes && together.served.is_err(), "pieces of {size} bytes");
     }
 }
 
