@@ -87,8 +87,15 @@ pub(crate) fn entry_kind(graph: &Graph, name: &OsStr) -> Entry {
     if is_trash(name) {
         return Entry::Trash;
     }
+    // Nearly all are valid: no path is made of those.
+    if let Some((hash_part, _)) = name.as_bytes().split_first_chunk::<{ HashPart::TEXT_LEN }>()
+        && let Ok(hash_part) = HashPart::parse(hash_part)
+        && let Some(node) = graph.by_hash_part(hash_part)
+        && graph.base_name(node).as_bytes() == name.as_bytes()
+    {
+        return Entry::Valid;
+    }
     match StorePath::from_base_name(name.as_bytes()) {
-        Ok(path) if graph.node(&path).is_some() => Entry::Valid,
         Ok(path) => Entry::Invalid(path.hash_part()),
         Err(_) => Entry::Junk,
     }
@@ -142,19 +149,16 @@ impl LocalStore {
             _legacy_locks: legacy_locks,
         };
         survey.live = live::live(&survey.graph, survey.nodes(&survey.roots), survey.rules);
-        let names = match self.entry_names() {
+        let entries = self.each_entry(|name| match entry_kind(&survey.graph, name) {
+            Entry::Ours | Entry::Valid => {}
+            Entry::Trash => survey.trash.push(name.to_owned()),
+            Entry::Invalid(hash_part) if survey.temporary.contains(&hash_part) => {}
+            Entry::Invalid(_) | Entry::Junk => survey.invalid.push(name.to_owned()),
+        });
+        match entries {
             // There is no store yet.
-            Err(StoreError::File(e)) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            names => names?,
-        };
-        for name in names {
-            match entry_kind(&survey.graph, &name) {
-                Entry::Ours | Entry::Valid => {}
-                Entry::Trash => survey.trash.push(name),
-                Entry::Invalid(hash_part) if survey.temporary.contains(&hash_part) => {}
-                Entry::Invalid(_) | Entry::Junk => survey.invalid.push(name),
-            }
+            Err(StoreError::File(e)) if e.kind() == std::io::ErrorKind::NotFound => Ok(survey),
+            read => read.map(|()| survey),
         }
-        Ok(survey)
     }
 }

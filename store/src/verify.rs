@@ -145,6 +145,13 @@ impl LocalStore {
 
     /// The names in the store directory but `.` and `..`, in no order.
     pub(crate) fn entry_names(&self) -> Result<Vec<OsString>, StoreError> {
+        let mut names = Vec::new();
+        self.each_entry(|name| names.push(name.to_owned()))?;
+        Ok(names)
+    }
+
+    /// Calls `each` with the names in the store directory but `.` and `..`, in no order.
+    pub(crate) fn each_entry(&self, mut each: impl FnMut(&OsStr)) -> Result<(), StoreError> {
         let at = |e: rustix::io::Errno| {
             larder_fs::file_error::FileError::new(
                 "reading directory",
@@ -152,14 +159,14 @@ impl LocalStore {
                 std::io::Error::from(e),
             )
         };
-        let mut names = Vec::new();
         for entry in rustix::fs::Dir::read_from(self.object_dir()?).map_err(at)? {
-            let name = OsStr::from_bytes(entry.map_err(at)?.file_name().to_bytes()).to_owned();
-            if name != "." && name != ".." {
-                names.push(name);
+            let entry = entry.map_err(at)?;
+            let name = entry.file_name();
+            if name != c"." && name != c".." {
+                each(OsStr::from_bytes(name.to_bytes()));
             }
         }
-        Ok(names)
+        Ok(())
     }
 
     /// Does the ledger agree with itself?
