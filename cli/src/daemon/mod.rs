@@ -15,6 +15,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, Sender};
+
 use larder_core::api::{Store, StoreError};
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::{Machine, Settings};
@@ -53,6 +55,12 @@ const READ_BUFFER: usize = 8 << 10;
 const DRAIN: Duration = Duration::from_secs(30);
 pub const LAST_GRACE: Duration = Duration::from_secs(5);
 
+/// The serving of one client.
+type Work = Box<dyn FnOnce() + Send>;
+
+/// How long a thread waits for another client before it ends.
+const IDLE: Duration = Duration::from_secs(2);
+
 /// How settings become options of the local store.
 pub type StoreOptions = Box<dyn Fn(&Settings) -> Options + Send + Sync>;
 
@@ -69,6 +77,8 @@ pub struct Daemon {
     builds: Arc<SharedBuilds>,
     connections: Mutex<Connections>,
     changed: Condvar,
+    /// To threads that wait for work, and none else: there is no room in it.
+    idle: (Sender<Work>, Receiver<Work>),
 }
 
 #[derive(Default)]
@@ -117,6 +127,7 @@ impl Daemon {
             builds: Arc::default(),
             connections: Mutex::default(),
             changed: Condvar::new(),
+            idle: crossbeam_channel::bounded(0),
         }
     }
 
@@ -241,8 +252,7 @@ impl Daemon {
         let place = Place { daemon: Arc::clone(self), number };
         let suffix = if trust == Trust::Trusted { " (trusted)" } else { "" };
         self.log(Level::Info, format_args!("accepted connection from pid {pid}, user {}{suffix}", peer.user));
-        let thread = std::thread::Builder::new().name(format!("client-{pid}"));
-        let spawned = thread.spawn(move || {
+        self.run(Box::new(move || {
             let daemon = Arc::clone(&place.daemon);
             let options = server::Options {
                 first_id: u64::from(number) << 32,
@@ -256,6 +266,21 @@ impl Daemon {
                 daemon.log(Level::Talkative, format_args!("connection from pid {pid} ended: {text}"));
             }
             drop(place);
+        }))
+    }
+
+    /// Has a thread do this: one that has just served a client, or a new one.
+    fn run(self: &Arc<Self>, work: Work) -> Result<(), AdmitError> {
+        let Err(refused) = self.idle.0.try_send(work) else { return Ok(()) };
+        let (first, more) = (refused.into_inner(), self.idle.1.clone());
+        let thread = std::thread::Builder::new().name("client".to_owned());
+        let spawned = thread.spawn(move || {
+            let mut work = first;
+            loop {
+                work();
+                let Ok(next) = more.recv_timeout(IDLE) else { break };
+                work = next;
+            }
         });
         spawned.map(drop).map_err(AdmitError::Thread)
     }
