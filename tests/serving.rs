@@ -10,9 +10,19 @@ use larder_cache::testing::{Answer, Server};
 use crate::house::{House, Run, run};
 
 /// A server of a house's store; gone when dropped.
-struct Serving {
+pub struct Serving {
     child: Child,
-    url: String,
+    pub url: String,
+}
+
+impl Serving {
+    /// A command that tells where it listens.
+    pub fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        Self { child, url: line.trim_end().to_owned() }
+    }
 }
 
 impl Drop for Serving {
@@ -25,10 +35,7 @@ impl Drop for Serving {
 fn serve(house: &House, words: &[&str]) -> Serving {
     let mut command = house.applet("larder");
     command.args(["serve", "--listen", "127.0.0.1:0"]).args(words);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    Serving { child, url: line.trim_end().to_owned() }
+    Serving::start(command)
 }
 
 /// Head and body of what comes back for some bytes, on a connection that is then closed.
@@ -52,7 +59,7 @@ fn add(house: &House, name: &str, contents: &str) -> String {
 }
 
 /// Two derivations, the second of which refers to the first, built; what the second makes.
-fn built(house: &House) -> (String, String) {
+pub fn built(house: &House) -> (String, String) {
     let json = r#"{"name": "a", "builder": "/bin/sh", "args": ["-e", "-c", "echo a line; echo from a > $out"]}"#;
     house.write("a.json", json);
     let json = r#"{"name": "b", "builder": "/bin/sh", "args": ["-e", "-c", "echo $a > $out"], "derivations": {"a": "a.json"}}"#;
@@ -65,7 +72,7 @@ fn built(house: &House) -> (String, String) {
     (made.stdout.trim_end().to_owned(), a.trim_end().to_owned())
 }
 
-fn hash_part(path: &str) -> &str {
+pub fn hash_part(path: &str) -> &str {
     &path.rsplit('/').next().unwrap()[..32]
 }
 
@@ -169,10 +176,7 @@ fn larder_and_curl_and_real_nix_are_its_clients() {
     );
     let secret = moved.join("work/secret");
     command.args(["serve", "--listen", "127.0.0.1:0", "--store", &place, "--key"]).arg(&secret);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let serving = Serving { child, url: line.trim_end().to_owned() };
+    let serving = Serving::start(command);
     let fetch = |mut command: Command| {
         let fixed = ["--option", "substituters", &serving.url, "--option", "trusted-public-keys", key.trim_end()];
         run(command.args(fixed).args(["-r", &b]), b"")

@@ -19,8 +19,8 @@ use larder_fs::layout::Access;
 use larder_realise::logs;
 use larder_store::LocalStore;
 
-use super::push::protect;
 use crate::applets::nix_store::store::open;
+use crate::applets::pushing::protect;
 use crate::applets::{Context, print};
 use crate::exit::Failure;
 
