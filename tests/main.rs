@@ -30,6 +30,7 @@ mod pushing;
 mod realise;
 mod remote;
 mod s3;
+mod secure_caches;
 mod served;
 mod serving;
 mod stress;
