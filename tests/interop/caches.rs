@@ -287,6 +287,37 @@ fn nix_2_26_and_larder_fetch_from_each_other() {
     }
 }
 
+/// Both versions send a closure to a store that Larder serves, and what came is what they have.
+#[test]
+fn real_nix_writes_to_what_larder_serves() {
+    if !has_nix() {
+        return;
+    }
+    let (house, top, expected) = built();
+    let key = std::fs::read_to_string(house.work().join("public")).unwrap();
+    house.write("token", "sesame");
+    let netrc = house.write("netrc", "machine 127.0.0.1 login x password sesame\n").display().to_string();
+    let commands = [Some(real(&house, "nix")), Land::trixie().map(|land| trixie(&land, &house, "nix"))];
+    for (number, mut command) in commands.into_iter().flatten().enumerate() {
+        let away = house.work().join(format!("away{number}"));
+        let part = |name: &str| away.join(name).display().to_string();
+        let place = format!("local?real={}&state={}&log={}", part("store"), part("var"), part("log"));
+        let mut serve = house.applet("larder");
+        serve.args(["serve", "--listen", "127.0.0.1:0", "--store", &place, "--write-token-file", "token"]);
+        serve.args(["--option", "trusted-public-keys", key.trim_end()]);
+        let serving = Serving::start(serve);
+        let to = format!("{}?compression=zstd&secret-key={}", serving.url, house.work().join("secret").display());
+        command.args(["copy", "--option", "netrc-file", &netrc, "--to", &to, &top]);
+        let copied = run(&mut command, b"");
+        assert_eq!(copied.status, Some(0), "{}", copied.stderr);
+        let mut ours = house.applet("nix-store");
+        ours.env("NIX_REMOTE", &place);
+        assert_eq!(records(ours, &top), expected);
+        let verified = house.run("nix-store", ["--store", &place, "--verify", "--check-contents"]);
+        assert_eq!(verified.status, Some(0), "{verified:?}");
+    }
+}
+
 #[test]
 fn nix_2_26_fetches_from_what_larder_serves() {
     let Some(land) = Land::trixie().filter(|_| has_nix()) else { return };

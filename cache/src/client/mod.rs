@@ -46,6 +46,9 @@ const LOOK_UP: Duration = Duration::from_millis(50);
 /// Bytes of the body of an answer without interest that are read, so that the connection lives on.
 const DRAIN_BYTES: u64 = 64 << 10;
 
+/// Characters of what a server says of its refusal that are shown.
+const REASON_MAX: usize = 400;
+
 /// Encodings of contents that are undone, in the order of preference.
 const ENCODINGS: &str = "zstd, br, gzip, deflate, bzip2, xz";
 
@@ -279,8 +282,17 @@ impl Client {
         let mut body = body.into_reader();
         if !parts.status.is_success() {
             // Read, the connection can be used again; a long text is not worth that.
-            let _ = io::copy(&mut (&mut body).take(DRAIN_BYTES), &mut io::sink());
-            let reason = parts.status.canonical_reason().unwrap_or_default().to_owned();
+            let mut text = Vec::new();
+            let _ = (&mut body).take(DRAIN_BYTES).read_to_end(&mut text);
+            let mut reason = parts.status.canonical_reason().unwrap_or_default().to_owned();
+            let kind = parts.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+            if ask.method == Method::Put && kind.starts_with("text/plain") {
+                // Why something is not taken is worth knowing.
+                let line = String::from_utf8_lossy(&text);
+                let line = line.lines().next().unwrap_or_default().chars().filter(|c| !c.is_control());
+                let line: String = line.take(REASON_MAX).collect();
+                reason = if line.is_empty() { reason } else { format!("{reason}: {line}") };
+            }
             return Err(DownloadError::Status { code: parts.status.as_u16(), reason });
         }
         Ok(Open { body, _slot: slot, status: parts.status.as_u16(), headers: parts.headers })
