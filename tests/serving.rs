@@ -465,6 +465,18 @@ fn archives_are_prefetched_and_servers_too() {
         assert_eq!((run.stdout.as_str(), run.status), (HASH, Some(0)), "{name}: {run:?}");
         assert!(run.stderr.ends_with(&format!("-{name}'\n")), "{run:?}");
     }
+    let script = "import zipfile\nz = zipfile.ZipFile('one.zip', 'w', zipfile.ZIP_DEFLATED)\nz.write('pk/a')\nz.write('pk/sub')\nz.close()";
+    let packed = house.command("python3").args(["-c", script]).status();
+    if packed.is_ok_and(|status| status.success()) {
+        let url = format!("{}/one.zip", server.url());
+        assert_eq!(prefetch(&house, &["--unpack", &url]).stdout, HASH);
+        if crate::served::has("nix-prefetch-url") {
+            let mut real = house.command("nix-prefetch-url");
+            assert_eq!(run(real.args(["--unpack", &url]), b"").stdout, HASH);
+        }
+    } else {
+        println!("skipped: there is no python3 to make a zip archive");
+    }
     let run = prefetch(&house, &["--unpack", &format!("{}/pk/a", server.url())]);
     assert!(run.stderr.starts_with("error: failed to open archive") && run.status == Some(1), "{run:?}");
     let url = format!("{}/nope", server.url());
