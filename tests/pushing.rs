@@ -169,6 +169,31 @@ fn many_are_written_at_once_within_the_limit() {
 }
 
 #[test]
+fn what_was_pushed_is_found_though_it_was_not_there_before() {
+    let house = House::new();
+    let (b, a) = built(&house);
+    let folder = shelf(&house, "shelf");
+    std::fs::write(folder.join("nix-cache-info"), format!("StoreDir: {}\n", house.path().join("store").display()))
+        .unwrap();
+    let files = folder.clone();
+    let server = Server::start(move |request| file_of(&files, request));
+    let export = crate::house::output(house.applet("nix-store").args(["--export", &a, &b]), b"").stdout;
+    house.words("nix-store", &format!("--delete {a} {b}"));
+    let fetch = || {
+        let fixed = ["--no-gc-warning", "--option", "require-sigs", "false", "--option", "substituters", &server.url()];
+        house.run("nix-store", fixed.iter().chain(&["-r", b.as_str()])).status
+    };
+    assert_eq!(fetch(), Some(1));
+    server.take_lines();
+    assert_eq!(fetch(), Some(1));
+    assert_eq!(server.take_lines(), [""; 0], "that it is not there is remembered");
+    assert_eq!(house.feed("nix-store", "--import", &export).status, Some(0));
+    assert_eq!(house.run("larder", ["push", &server.url(), &b]).status, Some(0));
+    house.words("nix-store", &format!("--delete {a} {b}"));
+    assert_eq!(fetch(), Some(0));
+}
+
+#[test]
 fn copying_to_a_cache_is_pushing() {
     let house = House::new();
     let (b, a) = built(&house);

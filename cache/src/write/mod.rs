@@ -31,6 +31,7 @@ use crate::client::{Client, Payload};
 use crate::compress::{Encoder, LevelChoice, Method, compress};
 use crate::error::CacheError;
 use crate::listing::Lister;
+use crate::lookups::{CacheId, Known, Lookups};
 use crate::parallel::in_parallel;
 use crate::place::{CACHE_INFO, CACHE_INFO_MAX, Place};
 use crate::uri::CacheUri;
@@ -46,6 +47,9 @@ const PARALLEL_FROM: u64 = 8 << 20;
 #[derive(Debug)]
 pub struct Writer {
     place: Place,
+    id: CacheId,
+    /// What readers on this machine remember, also that something was not there.
+    lookups: Lookups,
     dir: StoreDir,
     method: Method,
     small: SmallMethods,
@@ -165,11 +169,12 @@ impl Draft {
 
 impl Writer {
     /// Opens a cache, and makes it if there is none. `usual` is how it compresses if the URI does
-    /// not say.
+    /// not say. What is written goes into the `lookups` as well.
     pub fn open(
         uri: &CacheUri,
         dir: &StoreDir,
         client: &Arc<Client>,
+        lookups: Lookups,
         usual: Method,
         threads: u32,
     ) -> Result<Self, CacheError> {
@@ -184,6 +189,8 @@ impl Writer {
         let small = |name| uri.method(name).map(|method| method.unwrap_or(Method::None));
         let writer = Self {
             place: Place::of(uri, client)?,
+            id: CacheId::of(&uri.identity),
+            lookups,
             dir: dir.clone(),
             method: uri.method("compression")?.unwrap_or(usual),
             small: SmallMethods {
@@ -303,7 +310,12 @@ impl Writer {
         if let Some(listing) = written.listing {
             self.put(Sort::Listing, &format!("{part}.ls"), listing.into_bytes())?;
         }
-        self.put(Sort::NarInfo, &format!("{part}.narinfo"), written.info.to_text(&self.dir).into_bytes())
+        let text = written.info.to_text(&self.dir);
+        self.put(Sort::NarInfo, &format!("{part}.narinfo"), text.clone().into_bytes())?;
+        if matches!(self.place, Place::Web(_)) {
+            self.lookups.put(self.id, true, part, Known::There(Arc::new(written.info)), text.as_bytes());
+        }
+        Ok(())
     }
 
     /// Writes the log of a build.
@@ -421,6 +433,7 @@ pub fn write_all(
     // Whoever compresses holds one of so many places; who waits for the server does not.
     let (take, give) = bounded(jobs.max(1));
     let work = || {
+        let _watch = queue.watch();
         while let Some(task) = queue.next() {
             let done = match task {
                 Task::Nar(number, info) => {

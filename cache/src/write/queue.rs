@@ -117,10 +117,27 @@ impl<'a> Queue<'a> {
         self.changed.notify_all();
     }
 
+    /// Held by a thread that works: one that panics leaves nobody waiting for it.
+    pub(super) fn watch(&self) -> Watch<'_, 'a> {
+        Watch(self)
+    }
+
     /// What came of it all. What refers to itself by way of others cannot be told of in any order;
     /// no store has that.
     pub(super) fn finish(self) -> Result<(), CacheError> {
         self.state.into_inner().unwrap_or_else(PoisonError::into_inner).failed.map_or(Ok(()), Err)
+    }
+}
+
+/// Ends everything if its thread panics.
+pub(super) struct Watch<'q, 'a>(&'q Queue<'a>);
+
+impl Drop for Watch<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.lock().left = 0;
+            self.0.changed.notify_all();
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::thread;
 
 use larder_cache::client::Client;
 use larder_cache::compress::Method;
+use larder_cache::lookups::Lookups;
 use larder_cache::uri::CacheUri;
 use larder_cache::write::{Writer, write_all};
 use larder_core::api::StoreError as ApiError;
@@ -17,7 +18,7 @@ use larder_store::{LocalStore, StoreError};
 
 use super::Context;
 use super::copying::End;
-use crate::caches::client_options;
+use crate::caches::{client_options, lifetimes};
 use crate::exit::Failure;
 
 /// What to do, and how.
@@ -62,7 +63,9 @@ pub(super) fn push(
     let jobs = how.jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, std::num::NonZero::get)).max(1);
     let uri = CacheUri::parse(how.uri)?;
     let client = Client::new(client_options(&cx.env, settings), Arc::clone(&cx.terminal) as _);
-    let writer = Writer::open(&uri, store.dir(), &client, Method::Zstd, u32::try_from(jobs).unwrap_or(1))?;
+    let lookups = Lookups::new(Some(&cx.env.cache_folder()), lifetimes(settings), Arc::clone(&cx.terminal) as _);
+    let threads = u32::try_from(jobs).unwrap_or(1);
+    let writer = Writer::open(&uri, store.dir(), &client, lookups, Method::Zstd, threads)?;
     let missing = store.sorted(&writer.missing(&all)?)?;
     if !missing.is_empty() || how.dry_run {
         cx.terminal.message(Level::Info, format_args!("copying {} paths...", missing.len()));
