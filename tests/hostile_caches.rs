@@ -18,9 +18,16 @@ type Spoil<'a> = &'a dyn Fn(&mut NarInfo);
 /// Tries to fetch an object, which must fail: nothing is left of it, and a good cache still helps.
 #[track_caller]
 fn refused(house: &House, shelf: &Shelf, uri: &str, info: &NarInfo) -> Run {
+    refused_with(house, shelf, uri, info, &[])
+}
+
+/// The same with more words.
+#[track_caller]
+pub fn refused_with(house: &House, shelf: &Shelf, uri: &str, info: &NarInfo, more: &[&str]) -> Run {
     let path = shelf.dir.full(&info.info.path);
     let began = Instant::now();
-    let run = fetch(house, shelf, uri, &["-r", &path, "--option", "stalled-download-timeout", "1"]);
+    let fixed = ["-r", &path, "--option", "stalled-download-timeout", "1"];
+    let run = fetch(house, shelf, uri, &[&fixed[..], more].concat());
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
     assert_eq!(run.status, Some(1), "{run:?}");
     assert!(!run.stderr.contains("panicked") && !run.stderr.contains("a bug"), "{run:?}");

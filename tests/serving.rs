@@ -10,9 +10,19 @@ use larder_cache::testing::{Answer, Server};
 use crate::house::{House, Run, run};
 
 /// A server of a house's store; gone when dropped.
-struct Serving {
+pub struct Serving {
     child: Child,
-    url: String,
+    pub url: String,
+}
+
+impl Serving {
+    /// A command that tells where it listens.
+    pub fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        Self { child, url: line.trim_end().to_owned() }
+    }
 }
 
 impl Drop for Serving {
@@ -25,10 +35,7 @@ impl Drop for Serving {
 fn serve(house: &House, words: &[&str]) -> Serving {
     let mut command = house.applet("larder");
     command.args(["serve", "--listen", "127.0.0.1:0"]).args(words);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    Serving { child, url: line.trim_end().to_owned() }
+    Serving::start(command)
 }
 
 /// Head and body of what comes back for some bytes, on a connection that is then closed.
@@ -52,7 +59,7 @@ fn add(house: &House, name: &str, contents: &str) -> String {
 }
 
 /// Two derivations, the second of which refers to the first, built; what the second makes.
-fn built(house: &House) -> (String, String) {
+pub fn built(house: &House) -> (String, String) {
     let json = r#"{"name": "a", "builder": "/bin/sh", "args": ["-e", "-c", "echo a line; echo from a > $out"]}"#;
     house.write("a.json", json);
     let json = r#"{"name": "b", "builder": "/bin/sh", "args": ["-e", "-c", "echo $a > $out"], "derivations": {"a": "a.json"}}"#;
@@ -65,7 +72,7 @@ fn built(house: &House) -> (String, String) {
     (made.stdout.trim_end().to_owned(), a.trim_end().to_owned())
 }
 
-fn hash_part(path: &str) -> &str {
+pub fn hash_part(path: &str) -> &str {
     &path.rsplit('/').next().unwrap()[..32]
 }
 
@@ -169,10 +176,7 @@ fn larder_and_curl_and_real_nix_are_its_clients() {
     );
     let secret = moved.join("work/secret");
     command.args(["serve", "--listen", "127.0.0.1:0", "--store", &place, "--key"]).arg(&secret);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let serving = Serving { child, url: line.trim_end().to_owned() };
+    let serving = Serving::start(command);
     let fetch = |mut command: Command| {
         let fixed = ["--option", "substituters", &serving.url, "--option", "trusted-public-keys", key.trim_end()];
         run(command.args(fixed).args(["-r", &b]), b"")
@@ -241,6 +245,141 @@ fn a_token_is_asked_for() {
     );
     let with_token = format!("{}?token=sesame", serving.url);
     assert!(asks(&["--option", "substituters", &with_token]).stderr.contains(inside));
+}
+
+/// A store of its own below a house, under the same name as that of the house, that is served with
+/// more words.
+fn served_away(house: &House, words: &[&str]) -> (Serving, String) {
+    let away = house.work().join("away");
+    let part = |name: &str| away.join(name).display().to_string();
+    let place = format!("local?real={}&state={}&log={}", part("store"), part("var"), part("log"));
+    let mut command = house.applet("larder");
+    command.args(["serve", "--listen", "127.0.0.1:0", "--store", &place]).args(words);
+    (Serving::start(command), place)
+}
+
+#[test]
+fn who_knows_the_token_may_write() {
+    let house = House::new();
+    let (b, a) = built(&house);
+    house.run("nix-store", ["--generate-binary-cache-key", "write-1", "secret", "public"]);
+    let key = std::fs::read_to_string(house.work().join("public")).unwrap();
+    house.write("token", "sesame\n");
+    let options = ["--write-token-file", "token", "--option", "trusted-public-keys", key.trim_end()];
+    let (serving, place) = served_away(&house, &options);
+    let url = &serving.url;
+    let secret = house.work().join("secret").display().to_string();
+    let push = |more: &str| house.run("larder", ["push", "--logs", &format!("{url}?{more}"), &b]);
+    let refused = push("token=sesam");
+    assert!(refused.stderr.contains("HTTP error 401 ('Unauthorized: a token is needed')"), "{refused:?}");
+    // Nobody has signed them.
+    let refused = push("token=sesame");
+    let text =
+        format!("HTTP error 403 ('Forbidden: cannot add path '{a}' because it lacks a signature by a trusted key')");
+    assert!(refused.stderr.contains(&text) && refused.status == Some(1), "{refused:?}");
+    let valid = |path: &str| house.run("nix-store", ["--store", &place, "--check-validity", path]).status == Some(0);
+    assert!(!valid(&a) && !valid(&b));
+    let pushed = push(&format!("token=sesame&secret-key={secret}&write-nar-listing=true"));
+    assert_eq!(pushed.status, Some(0), "{pushed:?}");
+    assert!(valid(&a) && valid(&b));
+    house.run("nix-store", ["--store", &place, "--verify-path", &a, &b]).prints("");
+    house.run("nix-store", ["--store", &place, "-q", "--references", &b]).prints(&format!("{a}\n"));
+    let log = house.run("nix-store", ["--store", &place, "-l", &a]);
+    assert_eq!((log.stdout.as_str(), log.status), ("a line\n", Some(0)), "{log:?}");
+    push("token=sesame").prints("");
+    // Everybody may read, and finds the signature.
+    let (_, text) = get(&serving, &format!("/{}.narinfo", hash_part(&a)), "");
+    assert!(String::from_utf8(text).unwrap().contains("\nSig: write-1:"));
+    let (_, metrics) = get(&serving, "/metrics", "");
+    assert!(!String::from_utf8(metrics).unwrap().contains("larder_taken_bytes_total 0\n"));
+    // Without uploads nothing is taken.
+    let (closed, _) = served_away(&house, &[]);
+    let (head, _) = ask(&closed, "PUT /nar/x HTTP/1.1\r\nAuthorization: Bearer sesame\r\nContent-Length: 1\r\n\r\nx");
+    assert!(head.starts_with("HTTP/1.1 405 "), "{head}");
+}
+
+/// An answer has a status and says something.
+#[track_caller]
+fn is((status, answer): (String, String), expected: &str, text: &str) {
+    assert!(status == expected && answer.contains(text), "{answer}");
+}
+#[test]
+fn what_is_sent_must_be_what_it_is_said_to_be() {
+    let house = House::new();
+    let (b, a) = built(&house);
+    house.write("token", "sesame\n");
+    let words = ["--write-token-file", "token", "--option", "require-sigs", "false", "--upload-space", "5000000"];
+    let (serving, place) = served_away(&house, &words);
+    let folder = house.work().join("cache");
+    let pushed = house.run("larder", ["push", &format!("file://{}?compression=gzip", folder.display()), &b]);
+    assert_eq!(pushed.status, Some(0), "{pushed:?}");
+    let put = |name: &str, body: &[u8], more: &str| {
+        let mut stream = TcpStream::connect(serving.url.trim_start_matches("http://")).unwrap();
+        let head = format!("PUT /{name} HTTP/1.1\r\nAuthorization: Bearer sesame\r\nConnection: close\r\n{more}");
+        stream.write_all(format!("{head}Content-Length: {}\r\n\r\n", body.len()).as_bytes()).unwrap();
+        stream.write_all(body).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        let answer = String::from_utf8(answer).unwrap();
+        // After the word that the body may come, if it was waited for.
+        (answer.rsplit("HTTP/1.1 ").next().unwrap()[..3].to_owned(), answer)
+    };
+    let narinfo = |path: &str| std::fs::read_to_string(folder.join(format!("{}.narinfo", hash_part(path)))).unwrap();
+    let field = |text: &str, name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap().to_owned();
+    let (name_a, name_b) = (format!("{}.narinfo", hash_part(&a)), format!("{}.narinfo", hash_part(&b)));
+    let (info_a, info_b) = (narinfo(&a), narinfo(&b));
+    let (nar_a, nar_b) = (field(&info_a, "URL: "), field(&info_b, "URL: "));
+    let bytes = |name: &str| std::fs::read(folder.join(name)).unwrap();
+    is(put(&name_a, info_a.as_bytes(), ""), "409", "has not been sent");
+    // Other bytes than are told of, fewer of them, and what is no gzip.
+    for (body, text) in [
+        (bytes(&nar_b), "mismatch"),
+        (bytes(&nar_a)[..60].to_vec(), "what was sent"),
+        (b"junk".to_vec(), "what was sent"),
+    ] {
+        is(put(&nar_a, &body, ""), "201", "");
+        is(put(&name_a, info_a.as_bytes(), ""), "400", text);
+    }
+    is(put(&nar_a, &bytes(&nar_a), ""), "201", "");
+    for (from, to) in [
+        ("NarSize: ", "NarSize: 1"),
+        ("NarHash: sha256:0", "NarHash: sha256:1"),
+        ("NarHash: sha256:1", "NarHash: sha256:0"),
+    ] {
+        if info_a.contains(from) {
+            is(put(&name_a, info_a.replace(from, to).as_bytes(), ""), "400", "");
+        }
+    }
+    is(put(&name_b, info_a.as_bytes(), ""), "400", "tells of");
+    is(put(&name_a, b"junk", ""), "400", "");
+    // What it refers to is not there.
+    is(put(&nar_b, &bytes(&nar_b), ""), "201", "");
+    let (status, answer) = put(&name_b, info_b.as_bytes(), "");
+    assert!(["400", "409"].contains(&status.as_str()) && answer.contains(&a), "{answer}");
+    for (name, body, more, status) in [
+        ("zork", &b"x"[..], "", "404"),
+        ("../../etc/passwd", b"x", "", "404"),
+        ("nar/../x", b"x", "", "404"),
+        ("log/zork", b"x", "", "404"),
+        (&name_a, b"x", "Content-Encoding: zork\r\n", "415"),
+        (&name_a, b"x", "Content-Encoding: gzip\r\n", "400"),
+        ("nar/x", b"x", "Transfer-Encoding: chunked\r\n", "400"),
+    ] {
+        is(put(name, body, more), status, "");
+    }
+    // What is too long is refused before it comes.
+    let head = "PUT /nar/large HTTP/1.1\r\nAuthorization: Bearer sesame\r\nExpect: 100-continue\r\n";
+    let (head, _) = ask(&serving, &format!("{head}Content-Length: 5000001\r\n\r\n"));
+    assert!(head.starts_with("HTTP/1.1 413 "), "{head}");
+    let all = house.run("nix-store", ["--store", &place, "--dump-db"]);
+    assert_eq!((all.stdout.as_str(), all.status), ("", Some(0)), "nothing was registered: {all:?}");
+    let left = std::fs::read_dir(house.work().join("away/store")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(left.filter(|name| name != ".links").count(), 0);
+    // In the right order it comes in, also when the client waits to be asked for it.
+    is(put(&nar_a, &bytes(&nar_a), "Expect: 100-continue\r\n"), "201", "");
+    is(put(&name_a, info_a.as_bytes(), ""), "201", "");
+    is(put(&name_b, info_b.as_bytes(), ""), "201", "");
+    house.run("nix-store", ["--store", &place, "--verify-path", &a, &b]).prints("");
 }
 
 #[test]
@@ -325,6 +464,18 @@ fn archives_are_prefetched_and_servers_too() {
         let run = prefetch(&house, &["--unpack", &format!("{}/{name}", server.url())]);
         assert_eq!((run.stdout.as_str(), run.status), (HASH, Some(0)), "{name}: {run:?}");
         assert!(run.stderr.ends_with(&format!("-{name}'\n")), "{run:?}");
+    }
+    let script = "import zipfile\nz = zipfile.ZipFile('one.zip', 'w', zipfile.ZIP_DEFLATED)\nz.write('pk/a')\nz.write('pk/sub')\nz.close()";
+    let packed = house.command("python3").args(["-c", script]).status();
+    if packed.is_ok_and(|status| status.success()) {
+        let url = format!("{}/one.zip", server.url());
+        assert_eq!(prefetch(&house, &["--unpack", &url]).stdout, HASH);
+        if crate::served::has("nix-prefetch-url") {
+            let mut real = house.command("nix-prefetch-url");
+            assert_eq!(run(real.args(["--unpack", &url]), b"").stdout, HASH);
+        }
+    } else {
+        println!("skipped: there is no python3 to make a zip archive");
     }
     let run = prefetch(&house, &["--unpack", &format!("{}/pk/a", server.url())]);
     assert!(run.stderr.starts_with("error: failed to open archive") && run.status == Some(1), "{run:?}");

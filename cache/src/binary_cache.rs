@@ -13,21 +13,17 @@ use larder_core::report::{Level, Reporter, chain};
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 
-use crate::client::{Client, Download, Get};
+use crate::client::{Client, Payload};
 use crate::closure;
 use crate::compress::Method;
-use crate::error::{CacheError, DownloadError, SharedError};
-use crate::files::Folder;
+use crate::error::{CacheError, SharedError};
 use crate::lookups::{CacheId, Known, Lookups};
 use crate::nar::NarReader;
-use crate::uri::{CacheUri, Location, host};
+use crate::place::{CACHE_INFO, CACHE_INFO_MAX, Place};
+use crate::uri::CacheUri;
 
 /// How long a cache that failed is passed over.
 const LEFT_ALONE: Duration = Duration::from_mins(1);
-
-/// The file in which a cache tells of itself, and its longest length in bytes.
-const CACHE_INFO: &str = "nix-cache-info";
-const CACHE_INFO_MAX: u64 = 64 << 10;
 
 /// One cache.
 pub struct BinaryCache {
@@ -47,11 +43,6 @@ pub struct BinaryCache {
     reporter: Arc<dyn Reporter + Send + Sync>,
 }
 
-enum Place {
-    Http { client: Arc<Client>, base: String },
-    Folder(Folder),
-}
-
 impl std::fmt::Debug for BinaryCache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("BinaryCache").field("uri", &self.uri.shown).finish_non_exhaustive()
@@ -67,13 +58,10 @@ impl BinaryCache {
         lookups: &Lookups,
         reporter: Arc<dyn Reporter + Send + Sync>,
     ) -> Result<Self, CacheError> {
-        let place = match &uri.location {
-            Location::Http(base) => Place::Http { client: Arc::clone(client), base: base.clone() },
-            Location::Folder(path) => Place::Folder(Folder::new(path.clone(), uri.shown.clone())),
-        };
+        let place = Place::of(&uri, client)?;
         let (priority, wanted) = (uri.number("priority")?, uri.flag("want-mass-query")?);
         let mut cache = Self {
-            id: CacheId::of(&uri.shown),
+            id: CacheId::of(&uri.identity),
             is_trusted: uri.flag("trusted")?.unwrap_or(false),
             place,
             dir: dir.clone(),
@@ -129,7 +117,7 @@ impl BinaryCache {
 
     /// Is it worth writing down what it says? On the disk it is already.
     pub(crate) const fn on_disk(&self) -> bool {
-        matches!(self.place, Place::Http { .. })
+        matches!(self.place, Place::Web(_))
     }
 
     pub(crate) const fn id(&self) -> CacheId {
@@ -157,60 +145,9 @@ impl BinaryCache {
         *failed = Some((Instant::now(), chain(error).into()));
     }
 
-    /// Where a file is: of the cache, or elsewhere if its name says so.
-    fn url(&self, base: &str, name: &str) -> Result<Get, CacheError> {
-        let is_absolute = name.starts_with("http://") || name.starts_with("https://");
-        if !is_absolute && (name.contains("://") || name.contains(['\n', '\r', ' '])) {
-            return Err(CacheError::Outside { uri: self.uri.shown.clone(), name: name.to_owned() });
-        }
-        let url = if is_absolute { name.to_owned() } else { format!("{base}/{}", name.trim_start_matches('/')) };
-        // A password is for the cache's own host, and a host is told nothing that another's is for.
-        let token = self.uri.parameter("token").map(|token| format!("Bearer {token}"));
-        let authorization = self.uri.authorization.clone().or(token).filter(|_| host(&url) == host(base));
-        Ok(Get { url, authorization, ..Get::default() })
-    }
-
-    fn download(client: &Arc<Client>, get: &Get) -> Result<Option<Download>, CacheError> {
-        match client.get(get) {
-            Ok(download) => Ok(Some(download)),
-            // Where one may not list, what is not there is forbidden.
-            Err(DownloadError::Status { code: 401 | 403 | 404 | 407 | 410, .. }) => Ok(None),
-            Err(DownloadError::Stopped) => Err(CacheError::Interrupted),
-            Err(source) => Err(CacheError::Download { url: get.url.clone(), source }),
-        }
-    }
-
-    /// The contents of a file, with encodings of the server undone.
-    fn open_file(&self, name: &str, takes_encodings: bool) -> Result<Option<Box<dyn Read + Send>>, CacheError> {
-        match &self.place {
-            Place::Folder(folder) => {
-                let opened = folder.open(name)?;
-                Ok(opened.map(|(file, _)| -> Box<dyn Read + Send> { Box::new(file) }))
-            }
-            Place::Http { client, base } => {
-                let get = Get { takes_encodings, ..self.url(base, name)? };
-                let download = Self::download(client, &get)?;
-                download.map(|download| decoded(download, &get.url)).transpose()
-            }
-        }
-    }
-
     /// A file that is read into memory; `None` if there is none.
     pub fn small(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, CacheError> {
-        let Some(file) = self.open_file(name, true)? else { return Ok(None) };
-        let mut text = Vec::new();
-        file.take(limit + 1).read_to_end(&mut text).map_err(|error| self.reading(name, error))?;
-        if text.len() as u64 > limit {
-            return Err(CacheError::TooLong { uri: self.uri.shown.clone(), name: name.to_owned(), limit });
-        }
-        Ok(Some(text))
-    }
-
-    fn reading(&self, name: &str, error: std::io::Error) -> CacheError {
-        CacheError::from_io(error).unwrap_or_else(|source| match &self.place {
-            Place::Folder(folder) => folder.reading(name, source),
-            Place::Http { .. } => CacheError::Decompress { uri: self.uri.shown.clone(), name: name.to_owned(), source },
-        })
+        self.place.small(name, limit)
     }
 
     /// What is known already of what it has.
@@ -263,31 +200,31 @@ impl BinaryCache {
     /// Opens an archive; `None` if the cache has not got it after all.
     pub fn nar(&self, info: &NarInfo) -> Result<Option<NarReader>, CacheError> {
         let uncompressed = Method::parse(&info.compression) == Some(Method::None);
-        let file = self.open_file(&info.url, uncompressed)?;
+        let file = self.place.open(&info.url, uncompressed)?;
         file.map(|file| NarReader::new(self.uri(), info, file)).transpose()
     }
 
     /// The log of a build, if it has that.
     pub fn log(&self, drv: &StorePath) -> Result<Option<Box<dyn Read + Send>>, CacheError> {
-        self.open_file(&format!("log/{drv}"), true)
+        self.place.open(&format!("log/{drv}"), true)
     }
 
     /// Asks for whole closures at once, where the cache can do that, and remembers what it says.
     ///
     /// Whatever goes wrong, paths can be asked for one by one.
     pub(crate) fn ask_closures(&self, lookups: &Lookups, parts: &[HashPart]) {
-        let (Place::Http { client, base }, Some(name)) = (&self.place, &self.closures) else { return };
+        let (Place::Web(web), Some(name)) = (&self.place, &self.closures) else { return };
         if parts.is_empty() || self.refuses_closures.load(Ordering::Relaxed) {
             return;
         }
         let asked = (|| {
             let lines: Vec<String> = parts.iter().map(ToString::to_string).collect();
             let body = lines.join("\n");
-            let get = Get { takes_encodings: true, body: Some(body.into_bytes().into()), ..self.url(base, name)? };
-            let Some(download) = Self::download(client, &get)? else {
+            let payload = Payload::bytes("text/plain", body.into_bytes());
+            let Some(answer) = web.post(name, payload)? else {
                 return Err(CacheError::Closure { uri: self.uri.shown.clone(), reason: "there is none" });
             };
-            let answer = BufReader::new(decoded(download, &get.url)?);
+            let answer = BufReader::new(answer);
             closure::read(self.uri(), answer, |part, text| {
                 if let Some(text) = text {
                     return self.take_in(lookups, part, text).map(drop);
@@ -306,12 +243,4 @@ impl BinaryCache {
     pub(crate) fn offers_closures(&self) -> bool {
         self.closures.is_some() && !self.refuses_closures.load(Ordering::Relaxed)
     }
-}
-
-/// The body of an answer as it was before the server encoded it.
-fn decoded(download: Download, url: &str) -> Result<Box<dyn Read + Send>, CacheError> {
-    let Some(encoding) = download.encoding().map(str::to_owned) else { return Ok(Box::new(download)) };
-    let failed = |source| CacheError::Download { url: url.to_owned(), source };
-    let method = Method::of_encoding(&encoding).ok_or_else(|| failed(DownloadError::Encoding(encoding)))?;
-    method.decoder(download).map_err(|source| failed(DownloadError::Cut { at: 0, source }))
 }

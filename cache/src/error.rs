@@ -13,7 +13,7 @@ use larder_core::store_path::StorePathError;
 pub enum CacheError {
     #[error("don't know how to open Nix store '{uri}'")]
     UnknownStore { uri: String },
-    #[error("cannot use the cache '{uri}': this version of Larder speaks to file, http and https caches only")]
+    #[error("cannot use the cache '{uri}': this version of Larder speaks to file, http, https and s3 caches only")]
     Unsupported { uri: String },
     #[error("the URI '{uri}' of a cache is not valid: {reason}")]
     Uri { uri: String, reason: String },
@@ -25,6 +25,10 @@ pub enum CacheError {
     Download { url: String, source: DownloadError },
     #[error("unable to upload '{url}'")]
     Upload { url: String, source: DownloadError },
+    #[error("unable to upload '{url}'")]
+    UploadAnswer { url: String, source: AnswerError },
+    #[error("no keys for the bucket of '{uri}'")]
+    Keys { uri: String, source: KeysError },
     #[error("{doing} '{}'", path.display())]
     File { doing: &'static str, path: PathBuf, source: io::Error },
     #[error("'{}' in the cache '{uri}' is no regular file", path.display())]
@@ -75,6 +79,39 @@ pub enum CacheError {
 #[error("{0}")]
 pub struct SharedError(pub std::sync::Arc<str>);
 
+/// What the answer of a server of S3 lacks.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AnswerError {
+    #[error("the answer cannot be read")]
+    Read(#[source] io::Error),
+    #[error("the server does not say how it calls the upload")]
+    NoUpload,
+    #[error("part {number} was taken without an ETag")]
+    NoTag { number: u16 },
+    #[error("it could not be put together: {0}")]
+    Refused(String),
+}
+
+/// Why there are no keys for a bucket.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KeysError {
+    #[error("cannot read '{}'", path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error("the profile '{profile}' is in no file ({})", shown(files))]
+    NoProfile { profile: String, files: Vec<PathBuf> },
+    #[error("the profile '{profile}' has no 'aws_secret_access_key' beside its 'aws_access_key_id'")]
+    Half { profile: String },
+    #[error("the profile '{profile}' gets its keys by '{way}', which is not spoken here")]
+    Way { profile: String, way: String },
+}
+
+fn shown(files: &[PathBuf]) -> String {
+    let files: Vec<String> = files.iter().map(|file| format!("'{}'", file.display())).collect();
+    if files.is_empty() { "none is named".to_owned() } else { files.join(", ") }
+}
+
 /// Why something could not be had from a server.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -95,6 +132,8 @@ pub enum DownloadError {
     },
     #[error("it was cut after {at} of {total} bytes")]
     Short { at: u64, total: u64 },
+    #[error("no server can be trusted")]
+    Authorities { source: SharedError },
     #[error("the content encoding '{0}' is not known")]
     Encoding(String),
     #[error("the download was stopped")]
@@ -118,25 +157,52 @@ impl DownloadError {
             Self::Status { code, .. } => {
                 matches!(code, 408 | 429) || (*code >= 500 && !matches!(code, 501 | 505 | 511))
             }
-            Self::Http(error) => matches!(
-                **error,
-                ureq::Error::Io(_)
-                    | ureq::Error::Timeout(_)
-                    | ureq::Error::ConnectionFailed
-                    | ureq::Error::HostNotFound
-                    | ureq::Error::Protocol(_)
-            ),
+            Self::Http(error) => match &**error {
+                ureq::Error::Io(error) => !is_of_tls(error),
+                error => matches!(
+                    error,
+                    ureq::Error::Timeout(_)
+                        | ureq::Error::ConnectionFailed
+                        | ureq::Error::HostNotFound
+                        | ureq::Error::Protocol(_)
+                ),
+            },
             Self::Stalled { .. } | Self::Cut { .. } | Self::Short { .. } => true,
-            Self::Scheme { .. } | Self::Encoding(_) | Self::Stopped | Self::File(_) | Self::NotRegular => false,
+            Self::Scheme { .. }
+            | Self::Authorities { .. }
+            | Self::Encoding(_)
+            | Self::Stopped
+            | Self::File(_)
+            | Self::NotRegular => false,
         }
     }
+
+    /// Will the same server do no better with anything else?
+    pub fn is_of_server(&self) -> bool {
+        let tls = match self {
+            Self::Authorities { .. } => true,
+            Self::Http(error) => match &**error {
+                ureq::Error::Io(error) => is_of_tls(error),
+                ureq::Error::Rustls(_) | ureq::Error::Tls(_) => true,
+                _ => false,
+            },
+            _ => false,
+        };
+        tls || self.is_passing()
+    }
+}
+
+/// Is it the server's certificate, or its way to speak TLS? That is found, as rustls says, in data
+/// that are not valid.
+fn is_of_tls(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::InvalidData
 }
 
 impl CacheError {
     /// Does it say something of the whole cache, so that it had better be left alone for a while?
     pub fn is_of_whole_cache(&self) -> bool {
         match self {
-            Self::Download { source, .. } => source.is_passing(),
+            Self::Download { source, .. } => source.is_of_server(),
             Self::Disabled { .. } => true,
             _ => false,
         }

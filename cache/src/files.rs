@@ -32,6 +32,11 @@ impl Folder {
         Self { path, uri }
     }
 
+    /// As messages call it.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -7,7 +7,7 @@
 //! nothing here touches a store.
 //!
 //! - [`uri`]: what a URI of a cache says; [`client`]: requests, retries, resuming; [`files`]: a
-//!   cache on a disk;
+//!   cache on a disk; [`s3`]: one in a bucket;
 //! - [`binary_cache`]: one cache; [`caches`]: several, asked in order of their priority;
 //!   [`lookups`]: what was asked before, also by other processes;
 //! - [`compress`], [`nar`]: archives on their way, decompressed and checked;
@@ -32,6 +32,9 @@ pub mod listing;
 pub mod lookups;
 pub mod nar;
 pub mod netrc;
+mod parallel;
+mod place;
+pub mod s3;
 pub mod serve;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -21,7 +21,7 @@ const AHEAD_FROM: u64 = 1 << 20;
 
 /// How far that thread runs ahead: so many blocks of so many bytes.
 const BLOCKS: usize = 4;
-const BLOCK: usize = 256 << 10;
+const BLOCK: usize = 128 << 10;
 
 /// Whose file it is, for messages.
 #[derive(Debug, Clone)]

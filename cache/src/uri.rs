@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 
+use crate::compress::Method;
 use crate::error::CacheError;
 use crate::netrc;
 
@@ -17,6 +18,8 @@ pub enum Location {
     Http(String),
     /// An absolute path.
     Folder(PathBuf),
+    /// The name of a bucket of S3.
+    Bucket(String),
 }
 
 /// A URI of a cache, taken apart.
@@ -28,6 +31,8 @@ pub struct CacheUri {
     pub authorization: Option<String>,
     /// As people see it: no password, no parameters, no slash at the end.
     pub shown: String,
+    /// What tells it from other caches: the same, and where a bucket is.
+    pub identity: String,
 }
 
 /// Parameters that caches have, and for which there is something to do.
@@ -44,6 +49,19 @@ const KNOWN: &[&str] = &[
     "write-nar-listing",
 ];
 
+/// Those that buckets have besides.
+const KNOWN_OF_BUCKETS: &[&str] = &[
+    "buffer-size",
+    "endpoint",
+    "log-compression",
+    "ls-compression",
+    "multipart-upload",
+    "narinfo-compression",
+    "profile",
+    "region",
+    "scheme",
+];
+
 impl CacheUri {
     /// Parses a URI. Errors: it is for no cache, or for one of a kind that is not spoken.
     pub fn parse(uri: &str) -> Result<Self, CacheError> {
@@ -55,7 +73,8 @@ impl CacheUri {
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').ok_or_else(|| invalid("a parameter has no value"))?;
             let value = String::from_utf8(percent_decoded(value)).map_err(|_| invalid("a parameter is not UTF-8"))?;
-            if !KNOWN.contains(&name) {
+            let known = KNOWN.contains(&name) || (scheme == "s3" && KNOWN_OF_BUCKETS.contains(&name));
+            if !known {
                 return Err(invalid(&format!("the parameter '{name}' is not known")));
             }
             parameters.insert(name.to_owned(), value);
@@ -77,17 +96,35 @@ impl CacheUri {
                     netrc::basic(&plain(name), &plain(password))
                 });
                 let shown = format!("{scheme}://{host}{path}");
-                Ok(Self { location: Location::Http(shown.clone()), parameters, authorization, shown })
+                let (location, identity) = (Location::Http(shown.clone()), shown.clone());
+                Ok(Self { location, parameters, authorization, shown, identity })
             }
             "file" => {
                 let path = PathBuf::from(OsString::from_vec(percent_decoded(rest)));
                 if !path.is_absolute() {
                     return Err(invalid("it names no absolute path"));
                 }
-                let shown = format!("file://{rest}");
-                Ok(Self { location: Location::Folder(path), parameters, authorization: None, shown })
+                let (location, shown) = (Location::Folder(path), format!("file://{rest}"));
+                Ok(Self { location, parameters, authorization: None, identity: shown.clone(), shown })
             }
-            "s3" | "ssh" | "ssh-ng" | "unix" | "mounted-ssh-ng" => Err(CacheError::Unsupported { uri: uri.to_owned() }),
+            "s3" => {
+                let is_name = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+                if rest.is_empty() || rest.len() > 255 || rest.starts_with('.') || !rest.bytes().all(is_name) {
+                    return Err(invalid("it names no bucket"));
+                }
+                let shown = format!("s3://{rest}");
+                let place =
+                    ["endpoint", "region", "scheme"].map(|name| parameters.get(name).map_or("", String::as_str));
+                let identity = format!("{shown}?{}", place.join("&"));
+                Ok(Self {
+                    location: Location::Bucket(rest.to_owned()),
+                    parameters,
+                    authorization: None,
+                    shown,
+                    identity,
+                })
+            }
+            "ssh" | "ssh-ng" | "unix" | "mounted-ssh-ng" => Err(CacheError::Unsupported { uri: uri.to_owned() }),
             _ => Err(CacheError::UnknownStore { uri: uri.to_owned() }),
         }
     }
@@ -109,6 +146,21 @@ impl CacheUri {
             Some("false" | "0" | "no") => Ok(Some(false)),
             Some(_) => Err(self.invalid(format!("'{name}' is neither true nor false"))),
         }
+    }
+
+    /// A parameter that is a way to compress; `None` of them if it is not there.
+    pub fn method(&self, name: &str) -> Result<Option<Method>, CacheError> {
+        let method = |text: &str| {
+            let (uri, method) = (self.shown.clone(), text.to_owned());
+            Method::parse(text).ok_or(CacheError::Compression { uri, method })
+        };
+        self.parameter(name).map(method).transpose()
+    }
+
+    /// A parameter that is a number of bytes.
+    pub fn size(&self, name: &str) -> Result<Option<u64>, CacheError> {
+        let number = |text: &str| text.parse().map_err(|_| self.invalid(format!("'{name}' is no number of bytes")));
+        self.parameter(name).map(number).transpose()
     }
 
     /// A parameter that is a number.
@@ -194,6 +246,18 @@ mod tests {
         let odd = CacheUri::parse("file:///x?priority=3x&trusted=maybe").unwrap();
         odd.number("priority").unwrap_err();
         odd.flag("trusted").unwrap_err();
+    }
+
+    #[test]
+    fn buckets() {
+        let uri = CacheUri::parse("s3://a-bucket/?region=r&endpoint=h:9000&profile=p").unwrap();
+        assert_eq!(uri.location, Location::Bucket("a-bucket".into()));
+        // Buckets of one name at two places are two caches.
+        let other = CacheUri::parse("s3://a-bucket?endpoint=h:9001").unwrap();
+        assert!(uri.shown == "s3://a-bucket" && uri.shown == other.shown && uri.identity != other.identity);
+        for uri in ["s3://", "s3://a/b", "s3://a b", "s3://u@h", "s3://..", "s3://a?zork=1", "http://h?region=x"] {
+            CacheUri::parse(uri).unwrap_err();
+        }
     }
 
     #[test]

@@ -35,16 +35,21 @@ fn uris(settings: &Settings, reporter: &dyn Reporter) -> Vec<String> {
     uris
 }
 
+/// How long answers of caches are good for.
+pub fn lifetimes(settings: &Settings) -> Lifetimes {
+    Lifetimes {
+        positive_s: settings.narinfo_cache_positive_ttl.into(),
+        negative_s: settings.narinfo_cache_negative_ttl.into(),
+    }
+}
+
 /// The caches that paths may be fetched from. None is spoken to before it is needed.
 pub fn caches(env: &Env, settings: &Settings, dir: &StoreDir, reporter: &Arc<dyn Reporter + Send + Sync>) -> Caches {
     let options = Options {
         dir: dir.clone(),
         uris: uris(settings, &**reporter),
         client: client_options(env, settings),
-        lifetimes: Lifetimes {
-            positive_s: settings.narinfo_cache_positive_ttl.into(),
-            negative_s: settings.narinfo_cache_negative_ttl.into(),
-        },
+        lifetimes: lifetimes(settings),
         memory: Some(env.cache_folder()),
     };
     Caches::new(options, Arc::clone(reporter))

@@ -2,12 +2,13 @@
 //! into the store.
 //!
 //! An archive is downloaded, decompressed, hashed and unpacked in one go, under the lock of its
-//! path. What has come whole waits for the ledger; whoever comes first registers for all, so that
-//! many small paths cost few commits. Source: building, section 3; protocols, section 5.4.
+//! path. What has come whole waits for the ledger: one thread registers for all, and the others go
+//! on fetching, so that many small paths cost few commits. Source: building, section 3; protocols,
+//! section 5.4.
 
 use std::collections::HashMap;
 use std::io::{self, Read};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +29,10 @@ const FETCHES: u32 = 3;
 
 /// The pause before that.
 const PAUSE: Duration = Duration::from_millis(250);
+
+/// For how long more is waited for before what has come is registered, while others fetch: a commit
+/// costs about as much as fetching a small path.
+const GATHER: Duration = Duration::from_millis(4);
 
 /// Whose signatures count.
 #[derive(Debug, Clone, Default)]
@@ -56,8 +61,8 @@ pub trait Substituters: Sync {
     /// How long the archive of an offered path is said to be, in bytes.
     fn size_bytes(&self, path: &StorePath) -> u64;
 
-    /// Fetches what was offered; `done` hears what came of it, and of others that were registered
-    /// with it. `tell` is told of errors that the answer does not show.
+    /// Fetches what was offered; `done` hears what came of it, unless another call that has not ended
+    /// tells of it, and of others that were registered with it. `tell` is told of errors that the answer does not show.
     fn fetch(&self, path: &StorePath, replace: bool, done: &dyn Fn(StorePath, Fetched), tell: &dyn Fn(&str));
 
     /// Nothing is fetched any more, and what is on its way is given up.
@@ -71,11 +76,38 @@ pub struct Substitution<'a> {
     trust: Trust,
     /// What was offered, to be fetched.
     offered: Mutex<HashMap<StorePath, Found>>,
-    /// What came whole and is not registered.
-    arrived: Mutex<Vec<Delivery<'a>>>,
-    /// Held while somebody registers.
-    registering: Mutex<()>,
+    arrived: Mutex<Arrived<'a>>,
+    /// Threads that are fetching.
+    fetching: AtomicUsize,
     stopped: AtomicBool,
+}
+
+/// What came whole and is not registered.
+#[derive(Default)]
+struct Arrived<'a> {
+    deliveries: Vec<Delivery<'a>>,
+    /// Does somebody register, who will take the rest along?
+    is_served: bool,
+}
+
+/// Held by who registers; let go of also if that breaks down.
+struct Service<'s, 'a>(&'s Mutex<Arrived<'a>>);
+
+impl Drop for Service<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            lock(self.0).is_served = false;
+        }
+    }
+}
+
+impl<'a> Service<'_, 'a> {
+    /// All that has come; with nothing the service ends.
+    fn take(&self) -> Option<Vec<Delivery<'a>>> {
+        let mut arrived = lock(self.0);
+        arrived.is_served = !arrived.deliveries.is_empty();
+        arrived.is_served.then(|| std::mem::take(&mut arrived.deliveries))
+    }
 }
 
 impl std::fmt::Debug for Substitution<'_> {
@@ -124,7 +156,7 @@ impl<'a> Substitution<'a> {
             trust,
             offered: Mutex::default(),
             arrived: Mutex::default(),
-            registering: Mutex::default(),
+            fetching: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
         }
     }
@@ -198,19 +230,46 @@ impl<'a> Substitution<'a> {
         }
     }
 
-    /// Registers an object together with all others that wait; one thread at a time does.
+    /// Has an object registered: by whoever does that now, or else by this thread together with all
+    /// that come meanwhile.
     fn register(&self, delivery: Delivery<'a>, done: &dyn Fn(StorePath, Fetched)) {
-        lock(&self.arrived).push(delivery);
-        let _one_at_a_time = lock(&self.registering);
-        // Whoever was before us may have taken ours as well.
-        let all = std::mem::take(&mut *lock(&self.arrived));
-        let paths: Vec<StorePath> = all.iter().map(|delivery| delivery.path().clone()).collect();
-        for (path, result) in paths.into_iter().zip(self.store.register_deliveries(all)) {
-            let fetched = match result {
-                Ok(()) => Fetched::Done,
-                Err(error) => Fetched::Failed(store_failure(&error)),
-            };
-            done(path, fetched);
+        {
+            let mut arrived = lock(&self.arrived);
+            arrived.deliveries.push(delivery);
+            if std::mem::replace(&mut arrived.is_served, true) {
+                return;
+            }
+        }
+        let service = Service(&self.arrived);
+        loop {
+            if self.fetching.load(Ordering::Relaxed) > 1 {
+                std::thread::sleep(GATHER);
+            }
+            let Some(all) = service.take() else { return };
+            let paths: Vec<StorePath> = all.iter().map(|delivery| delivery.path().clone()).collect();
+            for (path, result) in paths.into_iter().zip(self.store.register_deliveries(all)) {
+                let fetched = match result {
+                    Ok(()) => Fetched::Done,
+                    Err(error) => Fetched::Failed(store_failure(&error)),
+                };
+                done(path, fetched);
+            }
+        }
+    }
+
+    fn fetch_offered(&self, found: &Found, replace: bool, done: &dyn Fn(StorePath, Fetched), tell: &dyn Fn(&str)) {
+        let path = &found.info.info.path;
+        for fetches in 1.. {
+            match self.attempt(found, replace, tell) {
+                Attempt::Whole(delivery) => return self.register(*delivery, done),
+                Attempt::Ended(fetched) => return done(path.clone(), fetched),
+                Attempt::Cut(failure) if fetches >= FETCHES => return done(path.clone(), Fetched::Failed(failure)),
+                Attempt::Cut(failure) => {
+                    let text = failure.text;
+                    self.store.reporter().message(Level::Warn, format_args!("{text}; fetching it anew"));
+                    std::thread::sleep(PAUSE * fetches);
+                }
+            }
         }
     }
 }
@@ -254,18 +313,18 @@ impl Substituters for Substitution<'_> {
         let Some(found) = lock(&self.offered).get(path).cloned() else {
             return done(path.clone(), Fetched::Gone);
         };
-        for fetches in 1.. {
-            match self.attempt(&found, replace, tell) {
-                Attempt::Whole(delivery) => return self.register(*delivery, done),
-                Attempt::Ended(fetched) => return done(path.clone(), fetched),
-                Attempt::Cut(failure) if fetches >= FETCHES => return done(path.clone(), Fetched::Failed(failure)),
-                Attempt::Cut(failure) => {
-                    let text = failure.text;
-                    self.store.reporter().message(Level::Warn, format_args!("{text}; fetching it anew"));
-                    std::thread::sleep(PAUSE * fetches);
-                }
-            }
-        }
+        self.fetching.fetch_add(1, Ordering::Relaxed);
+        let _ended = Ended(&self.fetching);
+        self.fetch_offered(&found, replace, done, tell);
+    }
+}
+
+/// Counts a thread out, whatever became of it.
+struct Ended<'a>(&'a AtomicUsize);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

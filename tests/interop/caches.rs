@@ -4,10 +4,12 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use larder_cache::testing::Server;
+use larder_cache::testing::{Server, file_of};
 
 use super::has_nix;
 use crate::house::{House, run};
+use crate::served::Land;
+use crate::serving::Serving;
 
 const EXPRESSION: &str = r#"
 let
@@ -205,5 +207,139 @@ fn the_words_of_fetching_are_the_same() {
         };
         assert_eq!(sorted(&ours.stderr), sorted(&theirs.stderr), "{words:?}");
         assert_eq!((ours.stdout, ours.status), (theirs.stdout, theirs.status), "{words:?}");
+    }
+}
+
+/// A command of Nix 2.26.3 with the settings of these tests.
+fn trixie(land: &Land, house: &House, program: &str) -> Command {
+    let mut command = land.command(house, program);
+    command
+        .env("NIX_CONFIG", "build-users-group =\nexperimental-features = nix-command\nsandbox = false\nsubstituters =");
+    command
+}
+
+/// What 2.26.3 fetches from a cache is what was there; into an empty store.
+fn trixie_fetches(land: &Land, house: &House, uri: &str, key: &str, top: &str, expected: &str) {
+    empty(house);
+    let mut command = trixie(land, house, "nix-store");
+    let options = ["--option", "substituters", uri, "--option", "trusted-public-keys", key.trim_end()];
+    let fetched = run(command.args(["-r", top]).args(options), b"");
+    assert_eq!(fetched.status, Some(0), "{uri}: {}", fetched.stderr);
+    assert_eq!(fetched.stdout, format!("{top}\n"), "{uri}");
+    // Real Nix 2.8 reads the same ledger.
+    assert_eq!(records(real(house, "nix-store"), top), expected, "{uri}");
+    let verified = run(trixie(land, house, "nix-store").args(["--verify", "--check-contents"]), b"");
+    assert_eq!(verified.status, Some(0), "{uri}: {}", verified.stderr);
+}
+
+/// Larder fetches a closure into an empty store from a cache that is signed.
+fn larder_fetches(house: &House, uri: &str, key: &str, top: &str, expected: &str) {
+    empty(house);
+    let options = ["--no-gc-warning", "--option", "substituters", uri, "--option", "trusted-public-keys"];
+    let fetched = house.run("nix-store", options.into_iter().chain([key.trim_end(), "-r", top]));
+    assert_eq!(fetched.status, Some(0), "{uri}: {fetched:?}");
+    assert_eq!(records(house.applet("nix-store"), top), expected, "{uri}");
+}
+
+#[test]
+fn nix_2_26_and_larder_fetch_from_each_other() {
+    let Some(land) = Land::trixie().filter(|_| has_nix()) else { return };
+    let (house, top, expected) = built();
+    let key = std::fs::read_to_string(house.work().join("public")).unwrap();
+    let secret = house.work().join("secret");
+    // What 2.26.3 writes, on a disk and by PUT.
+    let theirs = house.work().join("theirs");
+    let put = house.work().join("put");
+    std::fs::create_dir(&put).unwrap();
+    let files = put.clone();
+    let server = Server::start(move |request| file_of(&files, request));
+    for (uri, method) in [(format!("file://{}", theirs.display()), "zstd"), (server.url(), "xz")] {
+        let to = format!("{uri}?compression={method}&write-nar-listing=true&secret-key={}", secret.display());
+        let copied = run(trixie(&land, &house, "nix").args(["copy", "--to", &to, &top]), b"");
+        assert_eq!(copied.status, Some(0), "{to}: {}", copied.stderr);
+    }
+    for uri in [format!("file://{}", theirs.display()), server.url()] {
+        larder_fetches(&house, &uri, &key, &top, &expected);
+    }
+    // What Larder writes, from the store that it has now.
+    let ours = house.work().join("ours");
+    std::fs::create_dir(house.work().join("sent")).unwrap();
+    let files = house.work().join("sent");
+    let sent = Server::start(move |request| file_of(&files, request));
+    let uris = [format!("file://{}", ours.display()), sent.url()];
+    for uri in &uris {
+        let to = format!("{uri}?write-nar-listing=true&secret-key={}", secret.display());
+        let pushed = house.run("larder", ["push", &to, &top]);
+        assert_eq!(pushed.status, Some(0), "{pushed:?}");
+    }
+    // The same listings, whoever wrote them; 2.26 sorts the words in them.
+    for entry in std::fs::read_dir(&ours).unwrap().map(|entry| entry.unwrap().path()) {
+        if entry.extension().is_some_and(|ext| ext == "ls") {
+            let other = theirs.join(entry.file_name().unwrap());
+            let read = |path| serde_json::from_slice::<serde_json::Value>(&std::fs::read(path).unwrap()).unwrap();
+            assert_eq!(read(entry), read(other));
+        }
+    }
+    for uri in &uris {
+        trixie_fetches(&land, &house, uri, &key, &top, &expected);
+        let info = run(trixie(&land, &house, "nix").args(["path-info", "--store", uri, "-rS", &top]), b"");
+        assert!(info.status == Some(0) && info.stdout.lines().count() == 4, "{uri}: {}", info.stderr);
+    }
+}
+
+/// Both versions send a closure to a store that Larder serves, and what came is what they have.
+#[test]
+fn real_nix_writes_to_what_larder_serves() {
+    if !has_nix() {
+        return;
+    }
+    let (house, top, expected) = built();
+    let key = std::fs::read_to_string(house.work().join("public")).unwrap();
+    house.write("token", "sesame");
+    let netrc = house.write("netrc", "machine 127.0.0.1 login x password sesame\n").display().to_string();
+    let commands = [Some(real(&house, "nix")), Land::trixie().map(|land| trixie(&land, &house, "nix"))];
+    for (number, mut command) in commands.into_iter().flatten().enumerate() {
+        let away = house.work().join(format!("away{number}"));
+        let part = |name: &str| away.join(name).display().to_string();
+        let place = format!("local?real={}&state={}&log={}", part("store"), part("var"), part("log"));
+        let mut serve = house.applet("larder");
+        serve.args(["serve", "--listen", "127.0.0.1:0", "--store", &place, "--write-token-file", "token"]);
+        serve.args(["--option", "trusted-public-keys", key.trim_end()]);
+        let serving = Serving::start(serve);
+        let to = format!("{}?compression=zstd&secret-key={}", serving.url, house.work().join("secret").display());
+        command.args(["copy", "--option", "netrc-file", &netrc, "--to", &to, &top]);
+        let copied = run(&mut command, b"");
+        assert_eq!(copied.status, Some(0), "{}", copied.stderr);
+        let mut ours = house.applet("nix-store");
+        ours.env("NIX_REMOTE", &place);
+        assert_eq!(records(ours, &top), expected);
+        let verified = house.run("nix-store", ["--store", &place, "--verify", "--check-contents"]);
+        assert_eq!(verified.status, Some(0), "{verified:?}");
+    }
+}
+
+#[test]
+fn nix_2_26_fetches_from_what_larder_serves() {
+    let Some(land) = Land::trixie().filter(|_| has_nix()) else { return };
+    let (house, top, expected) = built();
+    let key = std::fs::read_to_string(house.work().join("public")).unwrap();
+    let cache = format!("file://{}", house.work().join("cache").display());
+    let to = format!("{cache}?secret-key={}", house.work().join("secret").display());
+    assert_eq!(run(real(&house, "nix").args(["copy", "--to", &to, &top]), b"").status, Some(0));
+    larder_fetches(&house, &cache, &key, &top, &expected);
+    // The store of Larder moves away, and is served from there under its own name.
+    let away = house.work().join("away");
+    std::fs::create_dir(&away).unwrap();
+    for name in ["store", "var"] {
+        std::fs::rename(house.path().join(name), away.join(name)).unwrap();
+    }
+    let place = format!("local?real={}&state={}", away.join("store").display(), away.join("var").display());
+    for level in ["3", "0"] {
+        let mut command = house.applet("larder");
+        command.args(["serve", "--listen", "127.0.0.1:0", "--store", &place, "--zstd", level, "--key", "secret"]);
+        let serving = Serving::start(command);
+        trixie_fetches(&land, &house, &serving.url, &key, &top, &expected);
+        let metrics = run(house.command("curl").args(["-sf", &format!("{}/metrics", serving.url)]), b"").stdout;
+        assert!(metrics.is_empty() || metrics.contains("larder_requests_total{route=\"nar\"} 4\n"), "{metrics}");
     }
 }

@@ -8,6 +8,7 @@
 )]
 
 mod building;
+mod caches;
 mod daemon;
 mod garbage;
 
@@ -118,7 +119,8 @@ impl Bench {
         self.ledger()?;
         self.garbage()?;
         self.building()?;
-        self.daemon()
+        self.daemon()?;
+        self.caches()
     }
 
     /// Measures one workload on both sides in turn and prints a row.

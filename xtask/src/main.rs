@@ -13,7 +13,8 @@ use run::{Failed, cargo, step};
 const HELP: &str = "\
 cargo xtask ci                       format check, clippy, tests, docs: the gate
 cargo xtask bench [FILTER...]        whole processes against real Nix, ratios in one run;
-                                     `memory`: what streams, with a file of 6 GiB (minutes)
+                                     `memory`: what streams, with a file of 6 GiB (minutes);
+                                     `cache serve`: binary caches (minutes, 4 GiB of /dev/shm)
 cargo xtask interop [TREE...]        differential run against real Nix (default: five real trees)
 cargo xtask packages [NAME...]       sources of Debian, built in the sandbox, and again the same
 cargo xtask fuzz [SECONDS [TARGET]]  every fuzz target, or one, for so long each (default 60)

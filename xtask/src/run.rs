@@ -57,14 +57,19 @@ pub(crate) fn release_binary() -> Result<PathBuf, Failed> {
         return Ok(std::path::absolute(program)?);
     }
     step(&mut cargo(&["build", "--release", "--package", "larder"]))?;
+    newest("release/larder")
+}
+
+/// What was built last under a name, for whatever machine.
+pub(crate) fn newest(name: &str) -> Result<PathBuf, Failed> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let folders = std::fs::read_dir(&target)?.filter_map(|e| Some(e.ok()?.path().join("release/larder")));
+    let folders = std::fs::read_dir(&target)?.filter_map(|e| Some(e.ok()?.path().join(name)));
     folders
-        .chain([target.join("release/larder")])
+        .chain([target.join(name)])
         .filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path)))
         .max()
         .map(|(_, path)| path)
-        .ok_or_else(|| Failed(format!("no release build below {}", target.display())))
+        .ok_or_else(|| Failed(format!("no {name} below {}", target.display())))
 }
 
 /// What one run cost.

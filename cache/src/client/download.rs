@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use ureq::http::header;
 
-use super::{Client, Get, Open};
+use super::{Ask, Client, Method, Open};
 use crate::error::{CacheError, DownloadError};
 
 /// Where to go on, and what the file must be for that.
@@ -18,7 +18,7 @@ pub(super) struct Resume {
 /// The body of an answer; cut, it is gone on with if the server can do that.
 pub struct Download {
     client: Arc<Client>,
-    get: Get,
+    ask: Ask,
     /// `None` at the end.
     open: Option<Open>,
     encoding: Option<String>,
@@ -35,22 +35,23 @@ pub struct Download {
 
 impl std::fmt::Debug for Download {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Download").field("url", &self.get.url).field("at", &self.at).finish_non_exhaustive()
+        f.debug_struct("Download").field("url", &self.ask.url).field("at", &self.at).finish_non_exhaustive()
     }
 }
 
 impl Download {
-    pub(super) fn new(client: &Arc<Client>, get: &Get, open: Open, attempt: u32, stops: u64) -> Self {
+    pub(super) fn new(client: &Arc<Client>, ask: &Ask, open: Open, attempt: u32, stops: u64) -> Self {
         let ranges = open.text(header::ACCEPT_RANGES).is_some_and(|text| text.trim() == "bytes");
         let strong = open.text(header::ETAG).filter(|tag| !tag.starts_with("W/"));
         Self {
             client: Arc::clone(client),
-            get: get.clone(),
+            ask: ask.clone(),
             encoding: open.encoding(),
             ranges,
             tag: strong.map(str::to_owned),
             at: 0,
-            total: open.size_bytes(),
+            // Of a `HEAD` there is no more to come, whatever it says.
+            total: open.size_bytes().filter(|_| ask.method != Method::Head),
             attempt,
             stops,
             watched: (Instant::now(), 0),
@@ -61,6 +62,11 @@ impl Download {
     /// How many bytes it has, if the server says so.
     pub fn size_bytes(&self) -> Option<u64> {
         self.total
+    }
+
+    /// What the server calls this very version of it.
+    pub fn tag(&self) -> Option<&str> {
+        self.tag.as_deref()
     }
 
     /// The encoding that is to be undone.
@@ -93,7 +99,7 @@ impl Download {
             if self.attempt >= self.client.options.attempts || !error.is_passing() {
                 return Err(error);
             }
-            self.client.pause(&self.get.url, self.attempt, &error, self.stops)?;
+            self.client.pause(&self.ask, self.attempt, &error, self.stops)?;
             self.attempt += 1;
             match self.reopen() {
                 Ok(open) => {
@@ -110,7 +116,7 @@ impl Download {
         let changed = |text: &str| DownloadError::Cut { at: self.at, source: io::Error::other(text.to_owned()) };
         let resume = Resume { at: self.at, tag: self.tag.clone() };
         let resume = Some(&resume).filter(|resume| resume.at > 0);
-        let mut open = self.client.once(&self.get, resume, self.stops)?;
+        let mut open = self.client.once(&self.ask, resume, self.stops)?;
         if open.status == 206 {
             return match open.content_range() {
                 Some((at, total))
@@ -169,6 +175,6 @@ impl Read for Download {
         if buf.is_empty() {
             return Ok(0);
         }
-        self.next(buf).map_err(|source| io::Error::other(CacheError::Download { url: self.get.url.clone(), source }))
+        self.next(buf).map_err(|source| io::Error::other(CacheError::Download { url: self.ask.url.clone(), source }))
     }
 }

@@ -5,6 +5,7 @@
 
 mod download;
 mod options;
+mod payload;
 #[cfg(test)]
 mod tests;
 
@@ -21,14 +22,16 @@ use larder_core::report::{Level, Reporter, chain};
 use rustix::fs::{Mode, OFlags};
 use ureq::http::{self, HeaderMap, Request, header};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
-use ureq::{Agent, BodyReader, Proxy};
+use ureq::{Agent, BodyReader, Proxy, SendBody};
 
 pub use self::download::Download;
 use self::download::Resume;
-pub use self::options::{ClientOptions, Proxies, certificates};
+pub use self::options::{Authorities, ClientOptions, Proxies};
+pub use self::payload::{Contents, Payload};
 use crate::compress;
 use crate::error::DownloadError;
 use crate::netrc::credentials;
+use crate::s3::Bucket;
 use crate::uri::{host, percent_decoded};
 
 /// What the text of the agent says.
@@ -43,19 +46,62 @@ const LOOK_UP: Duration = Duration::from_millis(50);
 /// Bytes of the body of an answer without interest that are read, so that the connection lives on.
 const DRAIN_BYTES: u64 = 64 << 10;
 
+/// Characters of what a server says of its refusal that are shown.
+const REASON_MAX: usize = 400;
+
 /// Encodings of contents that are undone, in the order of preference.
 const ENCODINGS: &str = "zstd, br, gzip, deflate, bzip2, xz";
 
-/// What to get.
+/// Bodies from this size on (bytes) are held back until the server says that it wants them.
+const ASK_FIRST_FROM: u64 = 1 << 20;
+
+/// What a server is asked for.
 #[derive(Debug, Clone, Default)]
-pub struct Get {
+pub struct Ask {
+    pub method: Method,
     pub url: String,
     /// The header of that name, if it is not to come from the netrc file.
     pub authorization: Option<String>,
+    /// The bucket whose keys sign the URL, each time it is asked for.
+    pub bucket: Option<Arc<Bucket>>,
     /// May the server encode what it sends? Then it cannot be resumed.
     pub takes_encodings: bool,
-    /// What is sent along; with anything it is a `POST`.
-    pub body: Option<Arc<[u8]>>,
+    /// What is sent along.
+    pub payload: Option<Payload>,
+}
+
+/// What is to be done with what a URL names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Method {
+    #[default]
+    Get,
+    /// Is it there?
+    Head,
+    Post,
+    Put,
+    Delete,
+}
+
+impl Method {
+    /// As HTTP spells it.
+    const fn name(self) -> http::Method {
+        match self {
+            Self::Get => http::Method::GET,
+            Self::Head => http::Method::HEAD,
+            Self::Post => http::Method::POST,
+            Self::Put => http::Method::PUT,
+            Self::Delete => http::Method::DELETE,
+        }
+    }
+
+    /// What is not done when it fails, for messages.
+    const fn verb(self) -> &'static str {
+        match self {
+            Self::Get | Self::Head | Self::Post => "download",
+            Self::Put => "upload",
+            Self::Delete => "delete",
+        }
+    }
 }
 
 /// A client for any number of threads.
@@ -144,19 +190,27 @@ impl Client {
         self.free.notify_all();
     }
 
-    /// Asks for a URL until there is an answer, or no hope.
-    pub fn get(self: &Arc<Self>, get: &Get) -> Result<Download, DownloadError> {
+    /// Asks until there is an answer, or no hope.
+    pub fn ask(self: &Arc<Self>, ask: &Ask) -> Result<Download, DownloadError> {
         let stops = self.stops.load(Ordering::SeqCst);
         for attempt in 1.. {
-            match self.once(get, None, stops) {
-                Ok(open) => return Ok(Download::new(self, get, open, attempt, stops)),
+            match self.once(ask, None, stops) {
+                Ok(open) => return Ok(Download::new(self, ask, open, attempt, stops)),
                 Err(error) if error.is_passing() && attempt < self.options.attempts => {
-                    self.pause(&get.url, attempt, &error, stops)?;
+                    self.pause(ask, attempt, &error, stops)?;
                 }
                 Err(error) => return Err(error),
             }
         }
         Err(DownloadError::Stopped)
+    }
+
+    /// The same, for who wants to know that it was done and no more.
+    pub fn tell(self: &Arc<Self>, ask: &Ask) -> Result<(), DownloadError> {
+        let mut answer = self.ask(ask)?;
+        // Read, the connection can be used again; what comes after the head is no matter.
+        let _ = io::copy(&mut (&mut answer).take(DRAIN_BYTES), &mut io::sink());
+        Ok(())
     }
 
     /// Opens whatever a URL names: also `file://`, of which only regular files are read. Encodings
@@ -173,41 +227,54 @@ impl Client {
             }
             return Ok(Box::new(file));
         }
-        let download = self.get(&Get { url: url.to_owned(), ..Get::default() })?;
+        let download = self.ask(&Ask { url: url.to_owned(), ..Ask::default() })?;
         let Some(encoding) = download.encoding().map(str::to_owned) else { return Ok(Box::new(download)) };
         let method = compress::Method::of_encoding(&encoding).ok_or(DownloadError::Encoding(encoding))?;
         method.decoder(download).map_err(|source| DownloadError::Cut { at: 0, source })
     }
 
     /// One attempt.
-    fn once(self: &Arc<Self>, get: &Get, resume: Option<&Resume>, stops: u64) -> Result<Open, DownloadError> {
-        if let Some((scheme, _)) = get.url.split_once("://").filter(|(scheme, _)| !matches!(*scheme, "http" | "https"))
+    fn once(self: &Arc<Self>, ask: &Ask, resume: Option<&Resume>, stops: u64) -> Result<Open, DownloadError> {
+        if let Some((scheme, _)) = ask.url.split_once("://").filter(|(scheme, _)| !matches!(*scheme, "http" | "https"))
         {
             return Err(DownloadError::Scheme { scheme: scheme.to_owned() });
         }
+        if ask.url.starts_with("https:") {
+            self.options.authorities.check()?;
+        }
         let slot = self.slot(stops)?;
         let agent = self.agent();
-        let mut request = Request::builder().uri(&get.url);
-        if let Some(authorization) = self.authorization(get) {
+        let url = ask.bucket.as_ref().map_or_else(|| ask.url.clone(), |bucket| bucket.signed(ask.method, &ask.url));
+        let mut request = Request::builder().method(ask.method.name()).uri(url);
+        if let Some(authorization) = self.authorization(ask) {
             request = request.header(header::AUTHORIZATION, authorization);
         }
-        request = request.header(header::ACCEPT_ENCODING, if get.takes_encodings { ENCODINGS } else { "identity" });
+        request = request.header(header::ACCEPT_ENCODING, if ask.takes_encodings { ENCODINGS } else { "identity" });
         if let Some(resume) = resume {
             request = request.header(header::RANGE, format!("bytes={}-", resume.at));
             if let Some(tag) = &resume.tag {
                 request = request.header(header::IF_RANGE, tag);
             }
         }
-        let proxy = self.proxy(&get.url)?;
+        let proxy = self.proxy(&ask.url)?;
         let bad = |error| DownloadError::from(ureq::Error::Http(error));
-        let response = match &get.body {
+        let response = match &ask.payload {
             None => {
-                let request = request.method(http::Method::GET).body(()).map_err(bad)?;
+                let request = request.body(()).map_err(bad)?;
                 agent.run(agent.configure_request(request).proxy(proxy).build())
             }
-            Some(body) => {
-                let request = request.method(http::Method::POST).body(&**body).map_err(bad)?;
-                agent.run(agent.configure_request(request).proxy(proxy).build())
+            Some(payload) => {
+                for (name, value) in payload.headers() {
+                    request = request.header(name, value);
+                }
+                if payload.size_bytes() >= ASK_FIRST_FROM {
+                    request = request.header(header::EXPECT, "100-continue");
+                }
+                let mut body = payload.reader();
+                let request = request.body(SendBody::from_reader(&mut body)).map_err(bad)?;
+                // What was sent is not sent elsewhere because somebody says so.
+                let config = agent.configure_request(request).max_redirects(0).max_redirects_will_error(false);
+                agent.run(config.proxy(proxy).build())
             }
         };
         let response = response.map_err(|error| self.or_stopped(error.into(), stops))?;
@@ -215,8 +282,17 @@ impl Client {
         let mut body = body.into_reader();
         if !parts.status.is_success() {
             // Read, the connection can be used again; a long text is not worth that.
-            let _ = io::copy(&mut (&mut body).take(DRAIN_BYTES), &mut io::sink());
-            let reason = parts.status.canonical_reason().unwrap_or_default().to_owned();
+            let mut text = Vec::new();
+            let _ = (&mut body).take(DRAIN_BYTES).read_to_end(&mut text);
+            let mut reason = parts.status.canonical_reason().unwrap_or_default().to_owned();
+            let kind = parts.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+            if ask.method == Method::Put && kind.starts_with("text/plain") {
+                // Why something is not taken is worth knowing.
+                let line = String::from_utf8_lossy(&text);
+                let line = line.lines().next().unwrap_or_default().chars().filter(|c| !c.is_control());
+                let line: String = line.take(REASON_MAX).collect();
+                reason = if line.is_empty() { reason } else { format!("{reason}: {line}") };
+            }
             return Err(DownloadError::Status { code: parts.status.as_u16(), reason });
         }
         Ok(Open { body, _slot: slot, status: parts.status.as_u16(), headers: parts.headers })
@@ -245,7 +321,7 @@ impl Client {
         Ok(Slot(Arc::clone(self)))
     }
 
-    fn pause(&self, url: &str, attempt: u32, error: &DownloadError, stops: u64) -> Result<(), DownloadError> {
+    fn pause(&self, ask: &Ask, attempt: u32, error: &DownloadError, stops: u64) -> Result<(), DownloadError> {
         // 2^(attempt - 1 + r), r below a half and random: who was refused together comes back apart.
         let random = RandomState::new().build_hasher().finish() >> 11;
         #[expect(clippy::cast_precision_loss, reason = "53 bits are left")]
@@ -253,7 +329,13 @@ impl Client {
         let pause = PAUSE.mul_f64((f64::from(attempt.min(16) - 1) + part).exp2());
         self.reporter.message(
             Level::Warn,
-            format_args!("unable to download '{url}': {}; retrying in {} ms", chain(error), pause.as_millis()),
+            format_args!(
+                "unable to {} '{}': {}; retrying in {} ms",
+                ask.method.verb(),
+                ask.url,
+                chain(error),
+                pause.as_millis()
+            ),
         );
         let end = Instant::now() + pause;
         while let Some(left) = end.checked_duration_since(Instant::now()) {
@@ -265,9 +347,13 @@ impl Client {
         Ok(())
     }
 
-    fn authorization(&self, get: &Get) -> Option<String> {
-        let own = get.authorization.clone();
-        own.or_else(|| credentials(self.options.netrc.as_deref()?, host(&get.url)))
+    fn authorization(&self, ask: &Ask) -> Option<String> {
+        let own = ask.authorization.clone();
+        // A bucket has keys of its own, and takes no second word for who asks.
+        own.or_else(|| {
+            let netrc = self.options.netrc.as_deref().filter(|_| ask.bucket.is_none())?;
+            credentials(netrc, host(&ask.url))
+        })
     }
 
     fn proxy(&self, url: &str) -> Result<Option<Proxy>, DownloadError> {
@@ -299,13 +385,7 @@ impl Client {
 
     fn tls(&self) -> &TlsConfig {
         self.tls.get_or_init(|| {
-            let pem = self.options.certificates.as_deref().unwrap_or_default();
-            let certificates: Vec<Certificate<'static>> = ureq::tls::parse_pem(pem.as_bytes())
-                .filter_map(|item| match item {
-                    Ok(PemItem::Certificate(certificate)) => Some(certificate),
-                    _ => None,
-                })
-                .collect();
+            let certificates = certificates(self.options.authorities.pem.as_deref().unwrap_or_default());
             let config = TlsConfig::builder().disable_verification(!self.options.checks_certificates);
             if certificates.is_empty() {
                 config.build()
@@ -314,4 +394,15 @@ impl Client {
             }
         })
     }
+}
+
+/// The certificates of a text; what else is in it is left out.
+fn certificates(pem: &str) -> Vec<Certificate<'static>> {
+    let items = ureq::tls::parse_pem(pem.as_bytes());
+    items
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect()
 }

@@ -1,10 +1,13 @@
 //! How to go about requests: what settings and the environment say.
 
 use std::ffi::OsString;
+use std::io;
 use std::time::Duration;
 
 use larder_core::settings::Settings;
 
+use crate::error::{DownloadError, SharedError};
+use crate::s3::Keys;
 use crate::uri::host;
 
 /// Proxies by the scheme of what is fetched.
@@ -56,12 +59,13 @@ pub struct ClientOptions {
     pub stall_timeout: Option<Duration>,
     /// How often something is tried; at least once.
     pub attempts: u32,
-    /// Certificates to trust, as PEM; those of Mozilla if there are none.
-    pub certificates: Option<String>,
+    pub authorities: Authorities,
     pub checks_certificates: bool,
     /// The text of a netrc file.
     pub netrc: Option<String>,
     pub proxies: Proxies,
+    /// Where keys for buckets of S3 come from.
+    pub keys: Keys,
 }
 
 impl Default for ClientOptions {
@@ -72,10 +76,11 @@ impl Default for ClientOptions {
             connect_timeout: None,
             stall_timeout: Some(Duration::from_mins(5)),
             attempts: 5,
-            certificates: None,
+            authorities: Authorities::default(),
             checks_certificates: true,
             netrc: None,
             proxies: Proxies::default(),
+            keys: Keys::default(),
         }
     }
 }
@@ -92,22 +97,52 @@ impl ClientOptions {
             connect_timeout: seconds(settings.connect_timeout),
             stall_timeout: seconds(settings.stalled_download_timeout),
             attempts: settings.download_attempts.max(1),
-            certificates: certificates(&settings.ssl_cert_file, &variable),
+            authorities: Authorities::find(&settings.ssl_cert_file, &variable),
             checks_certificates: settings.verify_https_binary_caches,
             netrc: std::fs::read_to_string(&settings.netrc_file).ok(),
             proxies: Proxies::from_variables(text),
+            keys: Keys::from_variables(variable),
         }
     }
 }
 
-/// The text of the certificates that this machine trusts.
-pub fn certificates(named: &str, variable: impl Fn(&str) -> Option<OsString>) -> Option<String> {
-    let candidates = [
-        Some(OsString::from(named)).filter(|file| !file.is_empty()),
-        variable("NIX_SSL_CERT_FILE"),
-        variable("SSL_CERT_FILE"),
-        Some("/etc/ssl/certs/ca-certificates.crt".into()),
-        Some("/etc/pki/tls/certs/ca-bundle.crt".into()),
-    ];
-    candidates.into_iter().flatten().find_map(|file| std::fs::read_to_string(file).ok())
+/// The files that systems have their certificates in.
+const USUAL: [&str; 2] = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"];
+
+/// Who vouches for servers.
+#[derive(Debug, Clone, Default)]
+pub struct Authorities {
+    /// Their certificates, as PEM; those of Mozilla if there are none.
+    pub pem: Option<String>,
+    /// Why there are none: the file that was named for them cannot be used.
+    pub refused: Option<SharedError>,
+}
+
+impl Authorities {
+    /// Those of the file that the setting `ssl-cert-file` or the environment names, or else those
+    /// that this machine trusts. A file that was named and cannot be read is no reason to trust
+    /// others instead: nobody is trusted then.
+    pub fn find(named: &str, variable: impl Fn(&str) -> Option<OsString>) -> Self {
+        let named = Some(OsString::from(named)).filter(|file| !file.is_empty());
+        let named = named.or_else(|| variable("NIX_SSL_CERT_FILE")).or_else(|| variable("SSL_CERT_FILE"));
+        let Some(file) = named.filter(|file| !file.is_empty()) else {
+            return Self { pem: USUAL.iter().find_map(|file| std::fs::read_to_string(file).ok()), refused: None };
+        };
+        let without = |pem: String| match super::certificates(&pem) {
+            found if found.is_empty() => Err(io::Error::new(io::ErrorKind::InvalidData, "it holds no certificate")),
+            _ => Ok(pem),
+        };
+        match std::fs::read_to_string(&file).and_then(without) {
+            Ok(pem) => Self { pem: Some(pem), refused: None },
+            Err(error) => {
+                let text = format!("cannot take certificates from '{}': {error}", file.to_string_lossy());
+                Self { pem: None, refused: Some(SharedError(text.into())) }
+            }
+        }
+    }
+
+    /// Can they be asked?
+    pub(super) fn check(&self) -> Result<(), DownloadError> {
+        self.refused.clone().map_or(Ok(()), |source| Err(DownloadError::Authorities { source }))
+    }
 }

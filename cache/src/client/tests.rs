@@ -13,8 +13,8 @@ fn client(options: ClientOptions) -> Arc<Client> {
     Client::new(options, Arc::new(Silent))
 }
 
-fn get(server: &Server, path: &str) -> Get {
-    Get { url: format!("{}{path}", server.url()), ..Get::default() }
+fn get(server: &Server, path: &str) -> Ask {
+    Ask { url: format!("{}{path}", server.url()), ..Ask::default() }
 }
 
 fn read(download: Result<Download, DownloadError>) -> Result<Vec<u8>, String> {
@@ -38,14 +38,14 @@ fn what_fails_for_a_while_is_tried_again() {
     let server = Server::start(turns(vec![Answer::status(503), Answer::status(429), Answer::File(b"text".to_vec())]));
     let client = client(options());
     let began = Instant::now();
-    assert_eq!(read(client.get(&get(&server, "/x"))).unwrap(), b"text");
+    assert_eq!(read(client.ask(&get(&server, "/x"))).unwrap(), b"text");
     assert!(began.elapsed() >= Duration::from_millis(700), "{:?}", began.elapsed());
     assert_eq!(server.take_lines().len(), 3);
     // Answers with errors were read, so one connection was enough.
     assert_eq!(server.connections(), (1, 1));
     for (status, tries) in [(500, 3), (404, 1), (403, 1), (501, 1), (408, 3)] {
         let server = Server::start(move |_| Answer::status(status));
-        let error = read(client.get(&get(&server, "/x"))).unwrap_err();
+        let error = read(client.ask(&get(&server, "/x"))).unwrap_err();
         assert!(error.starts_with(&format!("HTTP error {status} (")), "{error}");
         assert_eq!(server.take_lines().len(), tries, "{status}");
     }
@@ -59,7 +59,7 @@ fn cut_at_every_offset_and_gone_on_with() {
             let whole = body.clone();
             let cut = Answer::cut(&body, at, ranges);
             let server = Server::start(turns(vec![cut, Answer::File(whole)]));
-            let found = read(client(options()).get(&get(&server, "/x")));
+            let found = read(client(options()).ask(&get(&server, "/x")));
             let asked = server.take_requests();
             if ranges || at == 0 {
                 assert_eq!(found.unwrap(), body, "cut at {at}");
@@ -99,7 +99,7 @@ fn what_is_gone_on_with_must_be_the_same_file() {
     ];
     for (number, (answer, good)) in cases.into_iter().enumerate() {
         let server = Server::start(turns(vec![cut("\"old\""), answer]));
-        let found = read(client(ClientOptions { attempts: 2, ..options() }).get(&get(&server, "/x")));
+        let found = read(client(ClientOptions { attempts: 2, ..options() }).ask(&get(&server, "/x")));
         assert_eq!(found.is_ok(), good, "case {number}: {found:?}");
         assert!(found.is_err() || found.is_ok_and(|found| found == old));
         assert_eq!(server.take_requests()[1].headers.get("if-range").map(String::as_str), Some("\"old\""));
@@ -126,11 +126,11 @@ fn stalled_and_endless_answers_end() {
     let client = client(ClientOptions { attempts: 1, ..options() });
     for path in ["/silent", "/stalls", "/head", "/line", "/1xx", "/loop", "/file", "/junk", "/nothing"] {
         let began = Instant::now();
-        let error = read(client.get(&get(&server, path))).unwrap_err();
+        let error = read(client.ask(&get(&server, path))).unwrap_err();
         assert!(began.elapsed() < Duration::from_secs(5), "{path}: {:?}: {error}", began.elapsed());
         assert!(!error.is_empty(), "{path}");
     }
-    let error = client.get(&Get { url: "file:///etc/passwd".into(), ..Get::default() }).unwrap_err();
+    let error = client.ask(&Ask { url: "file:///etc/passwd".into(), ..Ask::default() }).unwrap_err();
     assert!(matches!(error, DownloadError::Scheme { .. }));
 }
 
@@ -143,7 +143,7 @@ fn s099_never_more_at_once_than_allowed() {
     let client = client(ClientOptions { connections: 4, ..options() });
     thread_scope(16, |n| {
         for m in 0..10 {
-            let _ = read(client.get(&get(&server, &format!("/{}", "x".repeat(n + m)))));
+            let _ = read(client.ask(&get(&server, &format!("/{}", "x".repeat(n + m)))));
         }
     });
     let (most, _) = server.connections();
@@ -169,14 +169,14 @@ fn stopped_at_once_and_good_again() {
     let client = client(ClientOptions { stall_timeout: None, ..options() });
     let began = Instant::now();
     std::thread::scope(|scope| {
-        let hangs = scope.spawn(|| read(client.get(&get(&server, "/hang"))));
+        let hangs = scope.spawn(|| read(client.ask(&get(&server, "/hang"))));
         std::thread::sleep(Duration::from_millis(200));
         client.stop();
         let error = hangs.join().unwrap().unwrap_err();
         assert!(error.ends_with("the download was stopped"), "{error}");
     });
     assert!(began.elapsed() < Duration::from_secs(2));
-    assert_eq!(read(client.get(&get(&server, "/x"))).unwrap(), b"text");
+    assert_eq!(read(client.ask(&get(&server, "/x"))).unwrap(), b"text");
 }
 
 #[test]
@@ -189,11 +189,11 @@ fn passwords_and_proxies_go_where_they_should() {
     });
     let netrc = Some("machine 127.0.0.1 login me password p".to_owned());
     let named = client(ClientOptions { netrc, ..options() });
-    read(named.get(&get(&server, "/x"))).unwrap();
+    read(named.ask(&get(&server, "/x"))).unwrap();
     let header = server.take_requests()[0].headers.get("authorization").cloned();
     assert_eq!(header, Some(crate::netrc::basic("me", "p")));
     // To another host the password does not follow.
-    assert_eq!(read(named.get(&get(&server, "/moved"))).unwrap(), b"elsewhere");
+    assert_eq!(read(named.ask(&get(&server, "/moved"))).unwrap(), b"elsewhere");
     assert_eq!(elsewhere.take_requests()[0].headers.get("authorization"), None);
     let proxies =
         Proxies { http: Some(server.url()), none: Some("direct.example, .inner".into()), ..Proxies::default() };
@@ -202,6 +202,6 @@ fn passwords_and_proxies_go_where_they_should() {
     }
     server.take_requests();
     let through = client(ClientOptions { proxies, ..options() });
-    let got = through.get(&Get { url: "http://no.such.host.example/z".into(), ..Get::default() });
+    let got = through.ask(&Ask { url: "http://no.such.host.example/z".into(), ..Ask::default() });
     assert_eq!(read(got).unwrap(), b"text");
 }

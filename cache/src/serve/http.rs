@@ -10,6 +10,7 @@ pub(super) const TEXT: &str = "text/plain; charset=utf-8";
 
 /// A request without its body.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is something that a head says or not")]
 pub(super) struct Asked {
     pub(super) method: String,
     pub(super) path: String,
@@ -18,6 +19,10 @@ pub(super) struct Asked {
     pub(super) range: Option<String>,
     pub(super) takes_zstd: bool,
     pub(super) body_bytes: usize,
+    /// The `Content-Encoding` of the body.
+    pub(super) encoding: Option<String>,
+    /// Does the client wait until it hears that the body is wanted?
+    pub(super) waits: bool,
     pub(super) closes: bool,
     /// Does the client know chunks?
     pub(super) is_1_1: bool,
@@ -43,14 +48,20 @@ impl Small {
 pub(super) fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
+        201 => "Created",
         206 => "Partial Content",
         400 => "Bad Request",
         401 => "Unauthorized",
+        403 => "Forbidden",
         404 => "Not Found",
         405 => "Method Not Allowed",
+        409 => "Conflict",
         413 => "Content Too Large",
+        415 => "Unsupported Media Type",
         416 => "Range Not Satisfiable",
         431 => "Request Header Fields Too Large",
+        503 => "Service Unavailable",
+        507 => "Insufficient Storage",
         _ => "Internal Server Error",
     }
 }
@@ -196,6 +207,8 @@ fn asked_of(parsed: &httparse::Request<'_, '_>) -> Option<Asked> {
             }
             "content-length" => asked.body_bytes = value.parse().ok()?,
             "transfer-encoding" => return None,
+            "content-encoding" => asked.encoding = Some(value.to_ascii_lowercase()),
+            "expect" => asked.waits = value.eq_ignore_ascii_case("100-continue"),
             "connection" => {
                 asked.closes |= value.split(',').any(|word| word.trim().eq_ignore_ascii_case("close"));
             }
@@ -203,6 +216,35 @@ fn asked_of(parsed: &httparse::Request<'_, '_>) -> Option<Asked> {
         }
     }
     Some(asked)
+}
+
+/// The body of a request as it comes: first what was read with the head.
+pub(super) struct Body<'b> {
+    pub(super) input: &'b mut dyn Read,
+    pub(super) buffer: &'b mut Vec<u8>,
+    pub(super) left: u64,
+}
+
+impl Read for Body<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buf.len());
+        let buf = buf.get_mut(..most).unwrap_or_default();
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        let n = if self.buffer.is_empty() {
+            self.input.read(buf)?
+        } else {
+            let n = self.buffer.as_slice().read(buf)?;
+            self.buffer.drain(..n);
+            n
+        };
+        if n == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left -= n as u64;
+        Ok(n)
+    }
 }
 
 pub(super) fn read_body(input: &mut dyn Read, buffer: &mut Vec<u8>, length: usize) -> io::Result<Vec<u8>> {

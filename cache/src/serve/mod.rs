@@ -12,6 +12,7 @@
 //! | `GET /HASHPART.ls` | what lies in it |
 //! | `GET /log/DERIVATION` | the log of a build |
 //! | `POST /closure` | many narinfo files at once, see [`crate::closure`] |
+//! | `PUT /nar/...`, `/HASHPART.narinfo`, `/log/DERIVATION` | what comes into the store, see [`Uploads`] |
 //! | `GET /metrics`, `/health`, `/` | for those who run it |
 //!
 //! Source: protocols, section 5.6.
@@ -24,6 +25,7 @@ macro_rules! add {
 }
 
 mod http;
+mod uploads;
 
 use std::collections::BTreeSet;
 use std::io::{self, BufWriter, Read, Write};
@@ -40,8 +42,9 @@ use larder_core::signature::SecretKey;
 use larder_core::store_path::StorePath;
 
 use self::http::{
-    Asked, Chunks, Head, Small, TEXT, Window, head_of, parse_range, read_body, read_head, reason, send_small,
+    Asked, Body, Chunks, Head, Small, TEXT, Window, head_of, parse_range, read_body, read_head, reason, send_small,
 };
+pub use self::uploads::{Intake, Uploads};
 use crate::closure;
 use crate::compress::{Encoder, Method};
 use crate::listing::Lister;
@@ -90,16 +93,19 @@ struct Metrics {
     errors: AtomicU64,
     refused: AtomicU64,
     nar_bytes: AtomicU64,
+    taken_bytes: AtomicU64,
     micros: AtomicU64,
 }
 
 /// The sorts of requests, as metrics name them.
-const ROUTES: [&str; 7] = ["cache-info", "narinfo", "nar", "ls", "log", "closure", "other"];
+const ROUTES: [&str; 8] = ["cache-info", "narinfo", "nar", "ls", "log", "closure", "upload", "other"];
 
 /// Serves a store.
 pub struct Server<'a> {
     shop: &'a dyn Shop,
     options: ServeOptions,
+    /// `None`: nothing is taken.
+    uploads: Option<Uploads<'a>>,
     metrics: Metrics,
 }
 
@@ -113,8 +119,8 @@ impl std::fmt::Debug for Server<'_> {
 type Next = io::Result<bool>;
 
 impl<'a> Server<'a> {
-    pub fn new(shop: &'a dyn Shop, options: ServeOptions) -> Self {
-        Self { shop, options, metrics: Metrics::default() }
+    pub fn new(shop: &'a dyn Shop, options: ServeOptions, uploads: Option<Uploads<'a>>) -> Self {
+        Self { shop, options, uploads, metrics: Metrics::default() }
     }
 
     /// Answers all that comes over a connection.
@@ -172,6 +178,9 @@ impl<'a> Server<'a> {
             send_small(out, &small, !is_head, asked.closes)?;
             Ok(true)
         };
+        if asked.method == "PUT" {
+            return self.put(asked, input, buffer, out);
+        }
         if asked.body_bytes > BODY_MAX {
             small(out, Small::text(413, "that is too long"))?;
             return Ok(false);
@@ -186,6 +195,11 @@ impl<'a> Server<'a> {
         }
         let path = asked.path.strip_prefix('/').unwrap_or_default();
         match (asked.method.as_str(), path) {
+            // Whoever sends archives asks first.
+            ("HEAD", _) if self.may_write(asked) && self.uploads.as_ref().is_some_and(|uploads| uploads.has(path)) => {
+                self.count("upload");
+                small(out, Small::text(200, "it waits to be told of"))
+            }
             ("POST", "closure") => {
                 self.count("closure");
                 self.closure(asked, &body, out)
@@ -222,22 +236,51 @@ impl<'a> Server<'a> {
                 self.count("other");
                 small(out, Small::text(404, "there is no such file"))
             }
-            _ => small(out, Small::text(405, "only GET, HEAD and POST /closure are answered")),
+            _ => small(out, Small::text(405, "only GET, HEAD, PUT and POST /closure are answered")),
         }
     }
 
-    /// Does the client know the token?
+    /// May the client read? Who may write may that, too.
     fn may(&self, asked: &Asked) -> bool {
-        let Some(token) = &self.options.token else { return true };
-        let Some((scheme, value)) = asked.authorization.as_deref().and_then(|text| text.split_once(' ')) else {
-            return false;
+        self.options.token.as_ref().is_none_or(|token| knows(asked, token)) || self.may_write(asked)
+    }
+
+    fn may_write(&self, asked: &Asked) -> bool {
+        self.uploads.as_ref().is_some_and(|uploads| knows(asked, &uploads.token))
+    }
+
+    /// Takes what a client sends. What is refused is not read, and ends the connection.
+    fn put(&self, asked: &Asked, input: &mut dyn Read, buffer: &mut Vec<u8>, out: &mut dyn Write) -> Next {
+        self.count("upload");
+        let name = asked.path.strip_prefix('/').unwrap_or_default();
+        let refused = match &self.uploads {
+            None => Err(Small::text(405, "nothing is taken here")),
+            Some(_) if !self.may_write(asked) => {
+                self.metrics.refused.fetch_add(1, Ordering::Relaxed);
+                Err(Small::text(401, "a token is needed"))
+            }
+            Some(uploads) => uploads.refuse(asked, name).map_or(Ok(uploads), Err),
         };
-        if scheme.eq_ignore_ascii_case("bearer") {
-            return same(value.trim().as_bytes(), token.as_bytes());
+        let uploads = match refused {
+            Ok(uploads) => uploads,
+            Err(small) => {
+                send_small(out, &small, true, true)?;
+                return Ok(false);
+            }
+        };
+        if asked.waits && buffer.is_empty() {
+            out.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+            out.flush()?;
         }
-        let pair = larder_core::hash::decode_base64(value.trim()).unwrap_or_default();
-        let password = pair.iter().position(|b| *b == b':').and_then(|at| pair.get(at + 1..)).unwrap_or_default();
-        scheme.eq_ignore_ascii_case("basic") && same(password, token.as_bytes())
+        let mut body = Body { input, buffer, left: asked.body_bytes as u64 };
+        let answer = uploads.take(self.shop.store().dir(), asked, name, &mut body)?;
+        let is_read = body.left == 0;
+        self.metrics.taken_bytes.fetch_add(asked.body_bytes as u64 - body.left, Ordering::Relaxed);
+        if answer.status >= 500 {
+            self.metrics.errors.fetch_add(1, Ordering::Relaxed);
+        }
+        send_small(out, &answer, true, asked.closes || !is_read)?;
+        Ok(is_read)
     }
 
     fn find(&self, part: &str) -> Result<Option<PathInfo>, api::StoreError> {
@@ -413,6 +456,7 @@ impl<'a> Server<'a> {
             ("errors", "Answers with status 500.", &self.metrics.errors),
             ("refused", "Requests without the token.", &self.metrics.refused),
             ("nar_bytes", "Bytes of archives sent, before compression.", &self.metrics.nar_bytes),
+            ("taken_bytes", "Bytes that clients have sent.", &self.metrics.taken_bytes),
             ("busy_microseconds", "Time spent on answers.", &self.metrics.micros),
         ] {
             let value = value.load(Ordering::Relaxed);
@@ -423,6 +467,19 @@ impl<'a> Server<'a> {
         }
         text
     }
+}
+
+/// Does a client know a token: as `Bearer`, or as the password of anyone?
+fn knows(asked: &Asked, token: &str) -> bool {
+    let Some((scheme, value)) = asked.authorization.as_deref().and_then(|text| text.split_once(' ')) else {
+        return false;
+    };
+    if scheme.eq_ignore_ascii_case("bearer") {
+        return same(value.trim().as_bytes(), token.as_bytes());
+    }
+    let pair = larder_core::hash::decode_base64(value.trim()).unwrap_or_default();
+    let password = pair.iter().position(|b| *b == b':').and_then(|at| pair.get(at + 1..)).unwrap_or_default();
+    scheme.eq_ignore_ascii_case("basic") && same(password, token.as_bytes())
 }
 
 fn or_500(answer: Result<Small, api::StoreError>) -> Small {

@@ -472,7 +472,10 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Gc(args) => return garbage::collect(cx, &settings, &args),
         Command::Why(args) => return garbage::why(cx, &settings, &args),
         Command::Roots(args) => return garbage::roots(cx, &settings, &args),
-        Command::Push(args) => push::push(cx, &settings, &args)?,
+        Command::Push(args) => {
+            let common = Common::of(cli.global.verbosity(), overrides);
+            push::push(cx, &settings, &common, &args)?;
+        }
         Command::Serve(args) => serve::serve(cx, &settings, &args)?,
         Command::Optimise(args) => return garbage::optimise(cx, &settings, &args),
     }

@@ -16,7 +16,7 @@ use larder_core::hash::{Algorithm, Encoding, Hash};
 use larder_core::report::{Level, Reporter as _};
 use larder_core::store_path::{Name, NameError};
 use larder_fs::layout::Access;
-use larder_realise::build::builtin::unpack::untar;
+use larder_realise::build::builtin::unpack::unpack;
 use larder_store::ingest::ContentAddressed;
 
 use super::nix_hash::{HashOptions, hash_path};
@@ -38,7 +38,7 @@ What has the given hash already is not downloaded.
 
   --type ALGO       md5, sha1, sha256 (the default) or sha512
   --print-path      print the store path too (also PRINT_PATH=1)
-  --unpack          add what is in the archive (tar; xz, gzip, bzip2 or zstd)
+  --unpack          add what is in the archive (zip, or tar; xz, gzip, bzip2 or zstd)
   --executable      make the file executable
   --name NAME       name of the store path, instead of the file's own
   --version         print the version
@@ -199,7 +199,7 @@ fn fetch(client: &Arc<Client>, url: &str, folder: &Path, low: &LowArgs) -> Resul
         let unpacked = folder.join("unpacked");
         std::fs::create_dir(&unpacked).map_err(|source| wrote(&unpacked, source))?;
         let packed = std::fs::File::open(&file).map_err(|source| wrote(&file, source))?;
-        untar(packed, &unpacked).map_err(PrefetchError::Unpack)?;
+        unpack(packed, &unpacked).map_err(PrefetchError::Unpack)?;
         // The one directory that most archives have is not part of it.
         let mut entries = std::fs::read_dir(&unpacked).map_err(|source| wrote(&unpacked, source))?;
         return Ok(match (entries.next(), entries.next()) {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::{Bench, Goal, Random, Reset, cpu, fresh_store, remove};
 use crate::run::{Failed, Job, Side, say};
 
-const DIGITS: &[u8; 32] = b"0123456789abcdfghijklmnpqrsvwxyz";
+pub(super) const DIGITS: &[u8; 32] = b"0123456789abcdfghijklmnpqrsvwxyz";
 
 /// A store of small files, half of them dead: every path of a half refers to seven of the same, as the
 /// paths of the other rows do, and one root leads to all of the living half.

@@ -13,7 +13,7 @@ pub(super) fn run(given: &Given<'_>) -> Result<(), Anything> {
     }
     std::fs::create_dir(&out).map_err(at("creating directory", &out))?;
     let file = File::open(&source).map_err(at("opening file", &source))?;
-    unpack::untar(file, &out).map_err(|error| {
+    unpack::unpack(file, &out).map_err(|error| {
         let text = error.to_string();
         let reason = std::error::Error::source(&error).map(|reason| format!(": {reason}")).unwrap_or_default();
         format!("failed to open archive: {text}{reason}")

@@ -9,7 +9,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use larder_cache::client::{Client, ClientOptions, Proxies};
+use larder_cache::client::{Authorities, Client, ClientOptions, Proxies};
+use larder_cache::error::SharedError;
+use larder_cache::s3::Keys;
 use larder_core::report::{Level, Reporter, chain};
 use larder_fs::restore::{RestoreOptions, Restorer};
 use serde_json::Value;
@@ -52,10 +54,14 @@ fn options(given: &Given<'_>) -> ClientOptions {
         connect_timeout: seconds("connectTimeout"),
         stall_timeout: seconds("stalledTimeout"),
         attempts: given.option("attempts").as_u64().map_or(1, |n| u32::try_from(n).unwrap_or(u32::MAX)),
-        certificates: text("certificates"),
+        authorities: Authorities {
+            pem: text("certificates"),
+            refused: text("certificatesRefused").map(|text| SharedError(text.into())),
+        },
         checks_certificates: true,
         netrc: text("netrc"),
         proxies: Proxies::from_variables(variable),
+        keys: Keys::default(),
     }
 }
 

@@ -15,6 +15,7 @@ use std::io::Write as _;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
 
+use larder_cache::client::Authorities;
 use larder_core::content_address::{ContentAddress, Method};
 use larder_core::derivation::{Kind, Output};
 use larder_core::hash::Encoding;
@@ -129,9 +130,11 @@ pub(super) fn options(build: &Build<'_>) -> OsString {
         }
         _ => None,
     });
+    let authorities = authorities(build, values);
     let options = json!({
         "attempts": values.download_attempts,
-        "certificates": certificates(build, values),
+        "certificates": authorities.pem,
+        "certificatesRefused": authorities.refused.map(|error| error.to_string()),
         "connectTimeout": values.connect_timeout,
         "flatHash": hash,
         "mirrors": values.hashed_mirrors,
@@ -142,9 +145,9 @@ pub(super) fn options(build: &Build<'_>) -> OsString {
     options.to_string().into()
 }
 
-/// The text of the host's certificates, which a sandbox does not show.
-fn certificates(build: &Build<'_>, values: &Settings) -> Option<String> {
-    larder_cache::client::certificates(&values.ssl_cert_file, |name| {
+/// Whom the host trusts; the sandbox does not show the file.
+fn authorities(build: &Build<'_>, values: &Settings) -> Authorities {
+    Authorities::find(&values.ssl_cert_file, |name| {
         Some(OsString::from_vec(build.settings.environment.get(name.as_bytes())?.clone()))
     })
 }

@@ -1,6 +1,9 @@
 //! Compressed streams, told apart by how they begin, and archives in them.
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Seek as _};
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, symlink};
 use std::path::Path;
 
 use larder_cache::compress::Method;
@@ -32,9 +35,57 @@ pub fn uncompressed<'a>(source: impl Read + Send + 'a) -> io::Result<Box<dyn Rea
     })
 }
 
-/// Unpacks an archive of `tar`, compressed or not, into a directory that is there. Nothing is
-/// written outside of it.
-pub fn untar(source: impl Read + Send, out: &Path) -> io::Result<()> {
+/// How an archive of `zip` begins: with a file, or with its end where there is none.
+const ZIP: [&[u8]; 2] = [b"PK\x03\x04", b"PK\x05\x06"];
+
+/// Bytes of the target of a symlink in an archive, at most.
+const TARGET_MAX: u64 = 4096;
+
+/// Unpacks an archive into a directory that is there: one of `zip`, or one of `tar`, compressed or
+/// not. Nothing is written outside of the directory.
+pub fn unpack(mut archive: File, out: &Path) -> io::Result<()> {
+    let mut start = Vec::new();
+    (&mut archive).take(4).read_to_end(&mut start)?;
+    archive.rewind()?;
+    if ZIP.contains(&start.as_slice()) { unzip(archive, out) } else { untar(archive, out) }
+}
+
+/// Files first, and then the symlinks: nothing is written by way of one that came along.
+fn unzip(archive: File, out: &Path) -> io::Result<()> {
+    let mut archive = zip::ZipArchive::new(BufReader::new(archive))?;
+    let mut links = Vec::new();
+    for number in 0..archive.len() {
+        let mut entry = archive.by_index(number)?;
+        let Some(name) = entry.enclosed_name() else {
+            let name = String::from_utf8_lossy(entry.name_raw());
+            return Err(io::Error::other(format!("'{name}' would lie outside of the archive")));
+        };
+        let path = out.join(name);
+        if entry.is_dir() {
+            std::fs::create_dir_all(path)?;
+            continue;
+        }
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        if entry.is_symlink() {
+            let mut target = Vec::new();
+            entry.take(TARGET_MAX).read_to_end(&mut target)?;
+            links.push((target, path));
+            continue;
+        }
+        let is_executable = entry.unix_mode().is_some_and(|mode| mode & 0o100 != 0);
+        let mode = if is_executable { 0o755 } else { 0o644 };
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+        io::copy(&mut entry, &mut file)?;
+    }
+    for (target, path) in links {
+        symlink(std::ffi::OsString::from_vec(target), path)?;
+    }
+    Ok(())
+}
+
+fn untar(source: impl Read + Send, out: &Path) -> io::Result<()> {
     let mut archive = tar::Archive::new(uncompressed(source)?);
     archive.set_preserve_permissions(false);
     archive.set_preserve_mtime(false);
@@ -63,5 +114,47 @@ mod tests {
             uncompressed(short).unwrap().read_to_end(&mut found).unwrap();
             assert_eq!(found, short);
         }
+    }
+
+    /// Puts something into an archive.
+    type Fill<'a> = &'a dyn Fn(&mut zip::ZipWriter<File>);
+
+    #[test]
+    fn zip_archives_stay_where_they_are() {
+        use zip::write::SimpleFileOptions;
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.zip");
+        let packed = |fill: &dyn Fn(&mut zip::ZipWriter<File>)| {
+            let mut writer = zip::ZipWriter::new(File::create(&file).unwrap());
+            fill(&mut writer);
+            writer.finish().unwrap();
+            let out = dir.path().join("out/in");
+            let _ = std::fs::remove_dir_all(dir.path().join("out"));
+            std::fs::create_dir_all(&out).unwrap();
+            unpack(File::open(&file).unwrap(), &out).map(|()| out)
+        };
+        let plain = SimpleFileOptions::default();
+        let out = packed(&|zip| {
+            zip.add_directory("top/empty", plain).unwrap();
+            zip.start_file("top/x", plain.unix_permissions(0o755)).unwrap();
+            zip.write_all(b"#!").unwrap();
+            zip.add_symlink("top/link", "x", plain).unwrap();
+        });
+        let top = out.unwrap().join("top");
+        assert_eq!(std::fs::read(top.join("link")).unwrap(), b"#!");
+        let mode =
+            |name: &str| std::os::unix::fs::PermissionsExt::mode(&top.join(name).metadata().unwrap().permissions());
+        assert!(mode("x") & 0o100 != 0 && top.join("empty").is_dir());
+        // Upwards, through a symlink, twice the same; and what is none.
+        let bad: [Fill<'_>; 2] = [&|zip| zip.start_file("../x", plain).unwrap(), &|zip| {
+            zip.add_symlink("link", "..", plain).unwrap();
+            zip.start_file("link/x", plain).unwrap();
+        }];
+        for fill in bad {
+            packed(fill).unwrap_err();
+            assert!(!dir.path().join("out/x").exists());
+        }
+        std::fs::write(&file, b"PK\x03\x04junk").unwrap();
+        unpack(File::open(&file).unwrap(), dir.path()).unwrap_err();
     }
 }

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests may panic")]
 #![allow(clippy::missing_panics_doc, reason = "tests may panic")]
 
+mod tls;
+
 use std::collections::BTreeMap;
-use std::io::{Read as _, Write as _};
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -20,6 +22,7 @@ use larder_core::signature::SecretKey;
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 
+pub use self::tls::{Authority, Identity};
 use crate::compress::{Method, compress};
 
 /// What came.
@@ -70,6 +73,7 @@ impl Answer {
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
+    scheme: &'static str,
     shared: Arc<Shared>,
     accepts: Option<thread::JoinHandle<()>>,
 }
@@ -91,6 +95,20 @@ impl Server {
 
     /// The same, each answer after some time.
     pub fn slow(delay: Duration, answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        Self::run(None, delay, answer)
+    }
+
+    /// The same over TLS.
+    pub fn secret(identity: &Identity, answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        Self::run(Some(identity.config()), Duration::ZERO, answer)
+    }
+
+    fn run(
+        tls: Option<Arc<rustls::ServerConfig>>,
+        delay: Duration,
+        answer: impl Fn(&Request) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared::default());
@@ -106,13 +124,21 @@ impl Server {
                 let now = shared.open.fetch_add(1, Ordering::SeqCst) + 1;
                 shared.most_open.fetch_max(now, Ordering::SeqCst);
                 shared.connections.fetch_add(1, Ordering::SeqCst);
+                let tls = tls.clone();
                 thread::spawn(move || {
-                    serve(stream, &shared, delay, &*answer);
+                    let _ = stream.set_nodelay(true);
+                    let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
+                    match tls.map(rustls::ServerConnection::new) {
+                        None => serve(stream, &shared, delay, &*answer),
+                        Some(connection) => {
+                            serve(rustls::StreamOwned::new(connection.unwrap(), stream), &shared, delay, &*answer);
+                        }
+                    }
                     shared.open.fetch_sub(1, Ordering::SeqCst);
                 });
             }
         });
-        Self { address, shared, accepts: Some(accepts) }
+        Self { address, scheme, shared, accepts: Some(accepts) }
     }
 
     /// Serves the files of a folder, or what `other` says instead.
@@ -122,19 +148,16 @@ impl Server {
         other: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static,
     ) -> Self {
         let folder: PathBuf = folder.to_owned();
-        Self::slow(delay, move |request| {
-            other(request).unwrap_or_else(|| {
-                let path = request.path.split('?').next().unwrap_or_default();
-                match std::fs::read(folder.join(path.trim_start_matches('/'))) {
-                    Ok(bytes) => Answer::File(bytes),
-                    Err(_) => Answer::status(404),
-                }
-            })
-        })
+        Self::slow(delay, move |request| other(request).unwrap_or_else(|| file_of(&folder, request)))
     }
 
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", self.scheme, self.address)
+    }
+
+    /// The same by a name instead of an address.
+    pub fn named_url(&self) -> String {
+        format!("{}://localhost:{}", self.scheme, self.address.port())
     }
 
     /// What was asked since the last call.
@@ -163,9 +186,18 @@ impl Drop for Server {
     }
 }
 
-fn serve(mut stream: TcpStream, shared: &Shared, delay: Duration, answer: &dyn Fn(&Request) -> Answer) {
-    let _ = stream.set_nodelay(true);
-    let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
+/// The file of a folder that is asked for; or one that is sent becomes a file there.
+pub fn file_of(folder: &Path, request: &Request) -> Answer {
+    let path = folder.join(request.path.split('?').next().unwrap_or_default().trim_start_matches('/'));
+    if request.method == "PUT" {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, &request.body).unwrap();
+        return Answer::Full { status: 201, headers: Vec::new(), body: Vec::new() };
+    }
+    std::fs::read(path).map_or_else(|_| Answer::status(404), Answer::File)
+}
+
+fn serve(mut stream: impl Read + Write, shared: &Shared, delay: Duration, answer: &dyn Fn(&Request) -> Answer) {
     let mut buffer = Vec::new();
     while let Some(request) = read_request(&mut stream, &mut buffer, shared) {
         shared.requests.lock().unwrap().push(request.clone());
@@ -184,7 +216,8 @@ fn serve(mut stream: TcpStream, shared: &Shared, delay: Duration, answer: &dyn F
     }
 }
 
-fn read_request(stream: &mut TcpStream, buffer: &mut Vec<u8>, shared: &Shared) -> Option<Request> {
+fn read_request(stream: &mut (impl Read + Write), buffer: &mut Vec<u8>, shared: &Shared) -> Option<Request> {
+    let mut waits = true;
     loop {
         let mut headers = [httparse::EMPTY_HEADER; 64];
         let mut parsed = httparse::Request::new(&mut headers);
@@ -200,6 +233,9 @@ fn read_request(stream: &mut TcpStream, buffer: &mut Vec<u8>, shared: &Shared) -
                 let body = buffer[head..head + length].to_vec();
                 buffer.drain(..head + length);
                 return Some(Request { method, path, headers, body });
+            }
+            if headers.contains_key("expect") && std::mem::take(&mut waits) {
+                stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").ok()?;
             }
         }
         let mut block = [0; 4096];
@@ -217,7 +253,7 @@ fn read_request(stream: &mut TcpStream, buffer: &mut Vec<u8>, shared: &Shared) -
 }
 
 /// `None`: the connection is to end.
-fn send(stream: &mut TcpStream, request: &Request, answer: Answer, shared: &Shared) -> Option<()> {
+fn send(stream: &mut (impl Read + Write), request: &Request, answer: Answer, shared: &Shared) -> Option<()> {
     let (status, mut headers, body) = match answer {
         Answer::File(bytes) => {
             let range = request
