@@ -144,7 +144,9 @@ impl Engine {
         let derivations = Derivations::new(&self.local).with(path.clone(), drv.clone());
         let report = self.drive(&targets, mode, &derivations, &times);
         let results = self.results(&report, &times, |_| {
-            let all = drv.output_paths().map(|(name, path)| (name.clone(), path.cloned())).collect();
+            let built = self.local.built_outputs(drv)?;
+            let path = |name: &OutputName, path: Option<&StorePath>| path.or_else(|| built.get(name.as_str())).cloned();
+            let all = drv.output_paths().map(|(name, known)| (name.clone(), path(name, known))).collect();
             built_outputs(self.local.output_ids_of(drv)?, all, &Outputs::All)
         })?;
         Ok(results.into_iter().next().unwrap_or_default())
