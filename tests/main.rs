@@ -28,6 +28,7 @@ mod people;
 mod process;
 mod realise;
 mod remote;
+mod remote_builds;
 mod served;
 mod serving;
 mod stress;

@@ -30,8 +30,9 @@ pub struct Ssh {
 }
 
 impl Ssh {
-    /// Starts it; `options` are further words for `ssh` (`NIX_SSHOPTS`).
-    pub fn start(address: &Address, options: &str, is_verbose: bool) -> Result<Self, SshError> {
+    /// Starts it; `options` are further words for `ssh` (`NIX_SSHOPTS`). What it complains of goes
+    /// to `errors`.
+    pub fn start(address: &Address, options: &str, is_verbose: bool, errors: Stdio) -> Result<Self, SshError> {
         let mut known_hosts = None;
         let command = address.command();
         let mut words: Vec<String>;
@@ -58,10 +59,23 @@ impl Ssh {
             words.push("--".into());
             words.extend(command);
         }
+        Self::spawn(&words, errors, known_hosts)
+    }
+
+    /// Starts the program for a store of this machine: it is its own process that cares for it. That
+    /// one has the same settings, but builds itself.
+    pub fn start_here(uri: &str, errors: Stdio) -> Result<Self, SshError> {
+        let program = ["/proc/self/exe", "nix-store", "--serve", "--write", "--store", uri];
+        let words = program.into_iter().chain(["--max-jobs", "1", "--builders", ""]);
+        Self::spawn(&words.map(str::to_owned).collect::<Vec<_>>(), errors, None)
+    }
+
+    fn spawn(words: &[String], errors: Stdio, known_hosts: Option<tempfile::NamedTempFile>) -> Result<Self, SshError> {
         let (program, words) = words.split_first().expect("there is a program in both cases");
         let start = |source| SshError::Start { program: program.clone(), source };
-        let mut child =
-            Command::new(program).args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(start)?;
+        let mut command = Command::new(program);
+        command.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
+        let mut child = command.spawn().map_err(start)?;
         match (child.stdout.take(), child.stdin.take()) {
             (Some(input), Some(output)) => Ok(Self { child, input, output, known_hosts }),
             _ => Err(start(io::ErrorKind::BrokenPipe.into())),
