@@ -31,6 +31,7 @@ mod remote;
 mod remote_builds;
 mod served;
 mod serving;
+mod ssh_substituters;
 mod stress;
 mod substitute;
 mod tidy;

@@ -9,19 +9,19 @@ use crate::served::{Daemon, has, is_root, wait_for};
 
 /// Builds happen in a sandbox, so that all stores may be called `/nix/store`.
 const CONFIG: &str = "build-users-group =\nsandbox = true\nsandbox-paths = /bin /usr /lib /lib64?\nsubstituters =\n\
-    sandbox-fallback = false\nconnect-timeout = 5\nmax-jobs = 0";
+    sandbox-fallback = false\nmax-jobs = 0";
 
 /// A house that has builds done, and one in which they are done; `ssh` between them is a script.
-struct Pair {
-    near: House,
-    far: House,
+pub struct Pair {
+    pub near: House,
+    pub far: House,
     /// What `ssh` runs in the far house, whatever it is asked to.
     serve: String,
 }
 
 impl Pair {
     /// With a program at the far end, of ours or (empty) of real Nix.
-    fn new(server: &str, serve: &str) -> Self {
+    pub fn new(server: &str, serve: &str) -> Self {
         let pair = Self { near: House::new(), far: House::new(), serve: format!("{server} {serve}").trim().to_owned() };
         pair.write_ssh("");
         pair
@@ -37,7 +37,7 @@ impl Pair {
 
     /// `before` are lines of shell that come before the connection. What runs over there is out of
     /// reach of signals to what runs here.
-    fn write_ssh(&self, before: &str) {
+    pub fn write_ssh(&self, before: &str) {
         let bin = self.bin();
         std::fs::create_dir_all(&bin).unwrap();
         let script = format!(
@@ -51,7 +51,7 @@ impl Pair {
     }
 
     /// A command in the near house, that finds `ssh`.
-    fn command(&self, applet: &str, config: &str) -> Command {
+    pub fn command(&self, applet: &str, config: &str) -> Command {
         let mut command = self.near.rooted(applet);
         self.equip(&mut command, config);
         command
@@ -63,21 +63,21 @@ impl Pair {
     }
 
     /// Adds a derivation with this script, whose inputs are `sources`.
-    fn add(&self, name: &str, script: &str, more: &str) -> String {
+    pub fn add(&self, name: &str, script: &str, more: &str) -> String {
         add(&self.near, name, script, more)
     }
 
-    fn realise(&self, drv: &str, builders: &str) -> Run {
+    pub fn realise(&self, drv: &str, builders: &str) -> Run {
         run(self.command("nix-store", &format!("builders = {builders}")).args(["-r", drv]), b"")
     }
 
-    fn calls(&self) -> Vec<String> {
+    pub fn calls(&self) -> Vec<String> {
         let calls = std::fs::read_to_string(self.near.path().join("calls")).unwrap_or_default();
         calls.lines().map(str::to_owned).collect()
     }
 
     /// Where a path of the near store lies; with `far` of the far one.
-    fn place(house: &House, path: &str) -> PathBuf {
+    pub fn place(house: &House, path: &str) -> PathBuf {
         house.path().join("root").join(path.trim_start_matches('/'))
     }
 }
@@ -106,7 +106,7 @@ fn add(house: &House, name: &str, script: &str, more: &str) -> String {
     drv
 }
 
-fn output(house: &House, drv: &str) -> String {
+pub fn output(house: &House, drv: &str) -> String {
     run(house.rooted("nix-store").args(["-q", "--outputs", drv]), b"").stdout.trim().to_owned()
 }
 

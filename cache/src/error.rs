@@ -54,6 +54,8 @@ pub enum CacheError {
         #[source]
         source: SharedError,
     },
+    #[error("cannot fetch from the store '{uri}'")]
+    OtherStore { uri: String, source: larder_core::api::StoreError },
     #[error("the answer of the cache '{uri}' about a closure is not valid: {reason}")]
     Closure { uri: String, reason: &'static str },
     #[error(transparent)]
@@ -137,7 +139,7 @@ impl CacheError {
     pub fn is_of_whole_cache(&self) -> bool {
         match self {
             Self::Download { source, .. } => source.is_passing(),
-            Self::Disabled { .. } => true,
+            Self::Disabled { .. } | Self::OtherStore { .. } => true,
             _ => false,
         }
     }

@@ -1,9 +1,11 @@
 //! Stores of other processes: behind a daemon's socket, or a program on another machine.
 
 pub mod address;
+pub mod source;
 pub mod ssh;
 
 use std::io::{BufReader, BufWriter};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -203,9 +205,17 @@ pub struct Way<'a> {
     pub is_verbose: bool,
 }
 
-/// A store on another machine, by its protocol.
+/// A store on another machine, or at least in another process.
 #[derive(Debug)]
-pub enum Far {
+pub struct Far {
+    client: FarClient,
+    /// What leads there, if that is a process of ours.
+    process: Option<Arc<OwnedFd>>,
+}
+
+/// Its protocol.
+#[derive(Debug)]
+enum FarClient {
     Serve(Box<ServeClient>),
     Worker(Box<WorkerClient>),
 }
@@ -242,7 +252,8 @@ impl Far {
         dir: StoreDir,
         reporter: Arc<dyn Reporter + Send + Sync>,
     ) -> Result<Self, RemoteError> {
-        Ok(Self::Worker(Box::new(greet_daemon(socket, dir, reporter)?)))
+        let client = FarClient::Worker(Box::new(greet_daemon(socket, dir, reporter)?));
+        Ok(Self { client, process: None })
     }
 
     fn greet(
@@ -254,10 +265,11 @@ impl Far {
         reporter: Arc<dyn Reporter + Send + Sync>,
     ) -> Result<Self, RemoteError> {
         let open = |source| RemoteError::Open { uri: uri.to_owned(), source };
+        let process = ssh.handle();
         let (input, output) = ssh.into_ends();
         let input = Box::new(BufReader::with_capacity(BUFFER, input));
         let output = Box::new(BufWriter::with_capacity(BUFFER, output));
-        match scheme {
+        let client = match scheme {
             Scheme::Serve => {
                 let newest = larder_wire::serve::MINOR;
                 let mut client = ServeClient::connect(input, output, dir, newest).map_err(open)?;
@@ -270,37 +282,46 @@ impl Far {
                     enforce_determinism: false,
                     keep_failed: settings.keep_failed,
                 };
-                Ok(Self::Serve(Box::new(client)))
+                FarClient::Serve(Box::new(client))
             }
             // Settings are the other machine's own.
             Scheme::Worker => {
                 let newest = larder_wire::worker::MINOR;
                 let client = WorkerClient::connect(input, output, dir, newest, reporter).map_err(open)?;
-                Ok(Self::Worker(Box::new(client)))
+                FarClient::Worker(Box::new(client))
             }
+        };
+        Ok(Self { client, process })
+    }
+
+    /// Ends the connection, whatever goes on there. Whoever waits for an answer gets an error.
+    pub fn end(&self) {
+        if let Some(process) = &self.process {
+            // It may have ended by itself.
+            let _ = rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL);
         }
     }
 
     pub fn store(&self) -> &(dyn Store + Sync) {
-        match self {
-            Self::Serve(client) => &**client,
-            Self::Worker(client) => &**client,
+        match &self.client {
+            FarClient::Serve(client) => &**client,
+            FarClient::Worker(client) => &**client,
         }
     }
 
     /// Does it believe what we say a derivation is?
     pub fn trusts_us(&self) -> bool {
-        match self {
+        match &self.client {
             // The login user is trusted as far as the protocol can tell.
-            Self::Serve(_) => true,
-            Self::Worker(client) => client.agreed().trusted != Some(false),
+            FarClient::Serve(_) => true,
+            FarClient::Worker(client) => client.agreed().trusted != Some(false),
         }
     }
 
     /// Has it keep the limits of builds that the serve protocol has in each request. What is not
     /// limited stays as the other machine has it, and then nothing is said at all.
     pub fn limit_builds(&self, settings: &Settings) -> Result<(), StoreError> {
-        let Self::Worker(client) = self else { return Ok(()) };
+        let FarClient::Worker(client) = &self.client else { return Ok(()) };
         let limits = [
             ("timeout", u64::try_from(settings.timeout).unwrap_or(0)),
             ("max-silent-time", u64::try_from(settings.max_silent_time).unwrap_or(0)),

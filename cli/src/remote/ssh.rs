@@ -1,8 +1,12 @@
 //! `ssh` as the way to a program on another machine. Source: protocols, section 4.
 
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::address::Address;
 
@@ -80,6 +84,13 @@ impl Ssh {
             (Some(input), Some(output)) => Ok(Self { child, input, output, known_hosts }),
             _ => Err(start(io::ErrorKind::BrokenPipe.into())),
         }
+    }
+
+    /// Something to end it with, whatever it does. Linux before 5.3 has none.
+    pub fn handle(&self) -> Option<Arc<OwnedFd>> {
+        let id = Pid::from_raw(i32::try_from(self.child.id()).ok()?)?;
+        // It is not waited for yet, so the number is its own.
+        pidfd_open(id, PidfdFlags::empty()).ok().map(Arc::new)
     }
 
     /// What it says, and what it is told; it ends with both.
