@@ -603,3 +603,50 @@ fn floating_outputs_are_built_elsewhere() {
     let again = run(pair.command("nix-store", &machines).args(["-r", &drv]), b"");
     assert_eq!((again.stdout, pair.calls().len()), (built.stdout, 1));
 }
+
+/// Real Nix has builds done by our hook, which brings the outputs into the ledger of real Nix.
+#[test]
+fn s017_our_hook_serves_real_nix() {
+    if !has("nix-store") {
+        return;
+    }
+    let pair = Pair::ours();
+    let hook = pair.near.path().join("hook");
+    executable(&hook, &format!("#!/bin/sh\nexec {LARDER} __build-remote --nix-store nix-store \"$@\"\n"));
+    let real = |program: &str, config: &str, words: &[&str]| {
+        let mut command = pair.near.command(program);
+        pair.near.as_root_of_its_own(&mut command);
+        pair.equip(&mut command, config);
+        run(command.args(words), b"")
+    };
+    pair.near.write("f", "contents\n");
+    let expression = |name: &str, script: &str| {
+        format!(
+            "derivation {{ name = \"{name}\"; system = \"x86_64-linux\"; builder = \"/bin/sh\"; \
+             args = [ \"-c\" \"PATH=/bin:/usr/bin; {script}\" ]; src = ./f; }}"
+        )
+    };
+    pair.near.write("good.nix", expression("good", "echo said; cat $src > $out"));
+    pair.near.write("bad.nix", expression("bad", "echo oh; exit 3"));
+    let config = format!("builders = ssh://far\nbuild-hook = {}", hook.display());
+    let drv = |file: &str| real("nix-instantiate", "", &[file]).stdout.trim().to_owned();
+    let good = drv("good.nix");
+    let built = real("nix-store", &config, &["-r", &good]);
+    assert_eq!(built.status, Some(0), "{built:?}");
+    for line in [format!("building '{good}' on 'ssh://far'..."), "said".to_owned()] {
+        assert!(built.stderr.lines().any(|found| found == line), "{line}\n{built:?}");
+    }
+    let made = built.stdout.trim();
+    assert_eq!(std::fs::read_to_string(Pair::place(&pair.near, made)).unwrap(), "contents\n");
+    assert_eq!(real("nix-store", "", &["--verify-path", made]).status, Some(0));
+    let failed = real("nix-store", &config, &["-r", &drv("bad.nix")]);
+    assert_eq!(failed.status, Some(100), "{failed:?}");
+    assert!(failed.stderr.contains("on 'ssh://far' failed: builder for"), "{failed:?}");
+    // What it cannot place is left to real Nix.
+    let mut here = config.clone();
+    here.push_str("\nbuilders = ssh://far other-system\nmax-jobs = 1");
+    pair.near.write("here.nix", expression("here", "echo > $out"));
+    let built = real("nix-store", &here, &["-r", &drv("here.nix")]);
+    assert_eq!(built.status, Some(0), "{built:?}");
+    assert_eq!(pair.calls().len(), 2);
+}

@@ -3,18 +3,21 @@
 //! A process that builds starts it, tells it settings and asks about one build after another; the
 //! first that a machine takes is done, and that is the end. The connection to the machine is open
 //! before the build is accepted, so that a machine that is not there costs nothing but a message.
-//! Everything that was started ends with the one who asked: the log has no reader then. Source:
-//! building, section 11; protocols, section 6.
+//! Everything that was started ends with the one who asked: the log has no reader then.
+//!
+//! It serves real Nix as well, whose ledger is its own: with `--nix-store PROGRAM` before the
+//! verbosity (for a script to say, as `build-hook` takes no words) outputs go into the store by way of
+//! that program. Source: building, section 11; protocols, section 6.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, BufReader, PipeReader, Read as _, Write as _};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use larder_core::api::{BuildResult, BuildStatus, StoreError};
+use larder_core::api::{BuildResult, BuildStatus, Store, StoreError};
 use larder_core::derivation::Derivation;
 use larder_core::machines::{Machine, MachinesError, parse};
 use larder_core::report::{ActivityResult, Level, Reporter};
@@ -60,7 +63,7 @@ enum HookError {
     Lost { drv: String, machine: String, source: StoreError },
 }
 
-/// Runs the hook; the words are the verbosity.
+/// Runs the hook; the last word is the verbosity.
 pub fn run(words: &[OsString]) -> Status {
     let terminal = Arc::new(Terminal::new());
     terminal.set_format(LogFormat::InternalJson);
@@ -109,10 +112,33 @@ struct Desk<'a> {
     local: conf::LocalStore,
     machines: Vec<Machine>,
     log: Arc<Log>,
+    /// Whose store it is, if it is not ours.
+    nix_store: Option<String>,
+}
+
+/// The store that needs the outputs.
+enum Near {
+    Ours(Box<Engine>),
+    Theirs(Box<Far>),
+}
+
+impl Near {
+    fn store(&self) -> &(dyn Store + Sync) {
+        match self {
+            Self::Ours(engine) => &**engine,
+            Self::Theirs(far) => far.store(),
+        }
+    }
 }
 
 fn serve(words: &[OsString], terminal: &Arc<Terminal>) -> Result<Status, Failure> {
-    let verbosity = words.first().and_then(|word| word.to_str()?.parse().ok()).ok_or(HookError::ByHand)?;
+    let words: Vec<&str> = words.iter().filter_map(|word| word.to_str()).collect();
+    let (nix_store, verbosity) = match *words.as_slice() {
+        ["--nix-store", program, verbosity] => (Some(program.to_owned()), verbosity),
+        [verbosity] => (None, verbosity),
+        _ => return Err(HookError::ByHand.into()),
+    };
+    let verbosity = verbosity.parse().map_err(|_| HookError::ByHand)?;
     let [log_in, log_out] = descriptors::take([LOG_IN, LOG_OUT]).map_err(|_| HookError::ByHand)?;
     // Nobody else is to keep the log open at that end: when it closes, nobody wants it any more.
     drop(log_out);
@@ -136,7 +162,7 @@ fn serve(words: &[OsString], terminal: &Arc<Terminal>) -> Result<Status, Failure
     let StoreChoice::Local(local) = choose(&settings.store, &env, Facts::gather(&env, true)?)? else {
         return Err(HookError::NotLocal { uri: settings.store }.into());
     };
-    let desk = Desk { settings, env: Arc::new(env), terminal, interrupt, local, machines, log };
+    let desk = Desk { settings, env: Arc::new(env), terminal, interrupt, local, machines, log, nix_store };
     desk.serve(&mut input)
 }
 
@@ -260,10 +286,10 @@ impl Desk<'_> {
                 && !far.trusts_us(),
         };
         let uri = &machine.uri;
-        let shown_drv = || near.local.dir().full(drv_path);
+        let shown_drv = || self.local.layout.store_dir.full(drv_path);
         let lost = |source| HookError::Lost { drv: shown_drv(), machine: uri.clone(), source };
         let tell = |way: &'static str| {
-            let dir = near.local.dir();
+            let dir = &self.local.layout.store_dir;
             move |path: &StorePath| {
                 let text = format_args!("copying path '{}' {way} '{uri}'", dir.display(path));
                 self.terminal.message(Level::Info, format_args!("{text}..."));
@@ -279,13 +305,13 @@ impl Desk<'_> {
                 self.terminal.message(Level::Error, text);
             }
         }
-        errand.send(&near, far.store(), &tell("to")).map_err(lost)?;
+        errand.send(near.store(), far.store(), &tell("to")).map_err(lost)?;
         drop(turn);
         let result = errand.build(far.store()).map_err(lost)?;
         if !result.status.is_success() {
             return Ok(self.failed(&result, shown_drv(), uri));
         }
-        errand.fetch(&near, far.store(), &result, &tell("from")).map_err(lost)?;
+        errand.fetch(near.store(), far.store(), &result, &tell("from")).map_err(lost)?;
         Ok(Status::SUCCESS)
     }
 
@@ -300,7 +326,10 @@ impl Desk<'_> {
     }
 
     /// The store that needs the outputs, whose locks are held by whoever asked; and the derivation.
-    fn open(&self, drv_path: &StorePath) -> Result<(Engine, Derivation), Failure> {
+    fn open(&self, drv_path: &StorePath) -> Result<(Near, Derivation), Failure> {
+        if let Some(program) = &self.nix_store {
+            return self.open_theirs(program, drv_path);
+        }
         let voice = Arc::new(HookVoice { terminal: Arc::clone(self.terminal), interrupt: self.interrupt.clone() });
         let options = Options {
             db_dir: Some(self.local.db_dir.clone()),
@@ -319,7 +348,28 @@ impl Desk<'_> {
         local.set_options(Options { held_locks, ..local.options().clone() });
         let (builds, interrupt) = (Arc::default(), self.interrupt.clone());
         let (settings, env) = (self.settings.clone(), Arc::clone(&self.env));
-        Ok((Engine { local, settings, builds, hides_logs: false, interrupt, env }, drv))
+        let engine = Engine { local, settings, builds, hides_logs: false, interrupt, env };
+        Ok((Near::Ours(Box::new(engine)), drv))
+    }
+
+    /// The same by a program of real Nix. Which locks are held it is told when it starts, and which
+    /// those are the derivation says, which is read by another one.
+    fn open_theirs(&self, program: &str, drv_path: &StorePath) -> Result<(Near, Derivation), Failure> {
+        let mut words: Vec<String> = [program, "--serve", "--write"].map(str::to_owned).into();
+        if !["", "auto"].contains(&self.settings.store.as_str()) {
+            words.extend(["--store".to_owned(), self.settings.store.clone()]);
+        }
+        let layout = &self.local.layout;
+        let start = |held_locks: &OsStr| {
+            let voice = HookVoice { terminal: Arc::clone(self.terminal), interrupt: self.interrupt.clone() };
+            Far::of_program(&words, held_locks, layout.store_dir.clone(), &self.settings, Arc::new(voice))
+        };
+        let drv = start(OsStr::new(""))?.derivation(drv_path)?;
+        // It goes by the names of paths, wherever they lie.
+        let paths = drv.output_paths().filter_map(|(_, path)| path);
+        let held: Vec<String> = paths.map(|path| layout.store_dir.full(path)).collect();
+        let far = start(OsStr::new(&held.join(" ")))?;
+        Ok((Near::Theirs(Box::new(far)), drv))
     }
 }
 

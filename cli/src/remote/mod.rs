@@ -4,6 +4,7 @@ pub mod address;
 pub mod source;
 pub mod ssh;
 
+use std::ffi::OsStr;
 use std::io::{BufReader, BufWriter};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -12,9 +13,11 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use larder_core::api::{Store, StoreError};
+use larder_core::derivation::Derivation;
 use larder_core::report::{Level, Reporter};
 use larder_core::settings::{Configured, Settings};
 use larder_core::store_dir::StoreDir;
+use larder_core::store_path::StorePath;
 use larder_wire::serve::client::Client as ServeClient;
 use larder_wire::serve::ops::BuildOptions;
 use larder_wire::value::{Obsolete, One};
@@ -244,6 +247,28 @@ impl Far {
         reporter: Arc<dyn Reporter + Send + Sync>,
     ) -> Result<Self, RemoteError> {
         Self::greet(Ssh::start_here(uri, errors)?, Scheme::Serve, uri, dir, settings, reporter)
+    }
+
+    /// Opens the store of this machine that another program keeps: real Nix, which has a ledger of its
+    /// own. It is told which locks are held for it.
+    pub fn of_program(
+        words: &[String],
+        held_locks: &OsStr,
+        dir: StoreDir,
+        settings: &Settings,
+        reporter: Arc<dyn Reporter + Send + Sync>,
+    ) -> Result<Self, RemoteError> {
+        let variables = [("NIX_HELD_LOCKS", held_locks.to_owned())];
+        let ssh = Ssh::start_program(words, &variables, Stdio::inherit())?;
+        Self::greet(ssh, Scheme::Serve, words.first().map_or("", String::as_str), dir, settings, reporter)
+    }
+
+    /// A derivation that lies there, if the serve protocol is spoken.
+    pub fn derivation(&self, drv: &StorePath) -> Result<Derivation, StoreError> {
+        match &self.client {
+            FarClient::Serve(client) => client.derivation(drv),
+            FarClient::Worker(_) => Err(StoreError::unsupported("a daemon's store cannot give a derivation here")),
+        }
     }
 
     /// Opens the store of a daemon of this machine, with that one's own settings.

@@ -1,5 +1,6 @@
 //! `ssh` as the way to a program on another machine. Source: protocols, section 4.
 
+use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -63,7 +64,12 @@ impl Ssh {
             words.push("--".into());
             words.extend(command);
         }
-        Self::spawn(&words, errors, known_hosts)
+        Self::spawn(&words, &[], errors, known_hosts)
+    }
+
+    /// Starts another program that serves a store of this machine, with some variables.
+    pub fn start_program(words: &[String], variables: &[(&str, OsString)], errors: Stdio) -> Result<Self, SshError> {
+        Self::spawn(words, variables, errors, None)
     }
 
     /// Starts the program for a store of this machine: it is its own process that cares for it. That
@@ -71,14 +77,20 @@ impl Ssh {
     pub fn start_here(uri: &str, errors: Stdio) -> Result<Self, SshError> {
         let program = ["/proc/self/exe", "nix-store", "--serve", "--write", "--store", uri];
         let words = program.into_iter().chain(["--max-jobs", "1", "--builders", ""]);
-        Self::spawn(&words.map(str::to_owned).collect::<Vec<_>>(), errors, None)
+        Self::spawn(&words.map(str::to_owned).collect::<Vec<_>>(), &[], errors, None)
     }
 
-    fn spawn(words: &[String], errors: Stdio, known_hosts: Option<tempfile::NamedTempFile>) -> Result<Self, SshError> {
+    fn spawn(
+        words: &[String],
+        variables: &[(&str, OsString)],
+        errors: Stdio,
+        known_hosts: Option<tempfile::NamedTempFile>,
+    ) -> Result<Self, SshError> {
         let (program, words) = words.split_first().expect("there is a program in both cases");
         let start = |source| SshError::Start { program: program.clone(), source };
         let mut command = Command::new(program);
-        command.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
+        command.args(words).envs(variables.iter().map(|(name, value)| (name, value)));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
         let mut child = command.spawn().map_err(start)?;
         match (child.stdout.take(), child.stdin.take()) {
             (Some(input), Some(output)) => Ok(Self { child, input, output, known_hosts }),
