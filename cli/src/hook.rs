@@ -12,10 +12,10 @@
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, BufReader, PipeReader, Read as _, Write as _};
+use std::io::{self, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use larder_core::api::{BuildResult, BuildStatus, Store, StoreError};
 use larder_core::derivation::Derivation;
@@ -44,6 +44,9 @@ use crate::terminal::Terminal;
 
 /// How long one waits for others that send something to the same machine.
 const PATIENCE: Duration = Duration::from_mins(15);
+
+/// How long the last words of `ssh` may take after its end.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What of the complaints before a build is kept, in bytes.
 const MAX_COMPLAINT: usize = 64 << 10;
@@ -235,7 +238,19 @@ impl Desk<'_> {
     fn connect(&self, machine: &Machine) -> Result<Far, Failure> {
         let (complaints, errors) = io::pipe()?;
         let log = Arc::clone(&self.log);
-        std::thread::Builder::new().name("complaints".to_owned()).spawn(move || log.follow(complaints))?;
+        let hears = std::thread::Builder::new().name("complaints".to_owned()).spawn(move || log.follow(complaints))?;
+        let far = self.reach(machine, errors);
+        if far.is_err() {
+            // What it complained of is on its way.
+            let since = Instant::now();
+            while !hears.is_finished() && since.elapsed() < LAST_WORDS {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        far
+    }
+
+    fn reach(&self, machine: &Machine, errors: PipeWriter) -> Result<Far, Failure> {
         let reporter = Arc::new(FarVoice {
             log: Arc::clone(&self.log),
             terminal: Arc::clone(self.terminal),

@@ -88,6 +88,8 @@ impl Hook {
         let (log, log_in) = io::pipe().map_err(start)?;
         let mut command = Command::new(&program.path);
         command.args(&program.words).arg((verbosity as u32).to_string()).current_dir("/").process_group(0);
+        // Nobody can be asked for a password.
+        command.env_remove("DISPLAY").env_remove("SSH_ASKPASS");
         command.stdin(Stdio::piped()).stdout(replies.try_clone().map_err(start)?).stderr(replies);
         let log_out = OwnedFd::from(log.try_clone().map_err(start)?);
         descriptors::give(&mut command, vec![(log_in.into(), LOG_IN), (log_out, LOG_OUT)]).map_err(start)?;
