@@ -385,6 +385,10 @@ fn machines_are_chosen() {
     let config = format!("builders = {machines}\nmax-jobs = 1");
     let built = run(pair.command("nix-store", &config).args(["-r", &local]), b"");
     assert!(built.stderr.contains(&format!("building '{local}'...")), "{built:?}");
+    // So does everything if nobody may be asked.
+    let alone = pair.add("alone", "echo > $out", "");
+    let built = run(pair.command("nix-store", &config).args(["-r", &alone, "--no-build-hook"]), b"");
+    assert!(built.stderr.contains(&format!("building '{alone}'...")), "{built:?}");
     // A slot that another process has is not there.
     let load = pair.near.path().join("root/nix/var/nix/current-load");
     let mut other = Command::new("flock");
