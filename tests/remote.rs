@@ -300,10 +300,10 @@ fn closures_are_copied() {
 }
 
 /// A server of the real `ssh`, for one test; killed with it.
-struct Sshd {
+pub struct Sshd {
     child: Child,
     dir: tempfile::TempDir,
-    port: u16,
+    pub port: u16,
 }
 
 impl Drop for Sshd {
@@ -315,7 +315,7 @@ impl Drop for Sshd {
 
 impl Sshd {
     /// With variables for what it runs, and a command that it runs whatever is asked for.
-    fn start(variables: &str, forced: Option<&str>) -> Option<Self> {
+    pub fn start(variables: &str, forced: Option<&str>) -> Option<Self> {
         if !is_root() || !Path::new("/usr/sbin/sshd").exists() {
             println!("skipped: there is no /usr/sbin/sshd here, or we are not root");
             return None;
@@ -342,6 +342,22 @@ impl Sshd {
         let child = command.spawn().unwrap();
         wait_for("sshd listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
         Some(Self { child, dir, port })
+    }
+
+    /// The same, where the keys of both sides are known otherwise.
+    pub fn plain_options(&self) -> String {
+        format!(
+            "-p {} -oHostKeyAlias=127.0.0.1 -oStrictHostKeyChecking=yes -oBatchMode=yes -oLogLevel=ERROR",
+            self.port
+        )
+    }
+
+    /// The file with the client's key, and the key of the host in base 64.
+    pub fn keys(&self) -> (String, String) {
+        let path = |name: &str| self.dir.path().join(name).display().to_string();
+        let key = std::fs::read_to_string(path("host.pub")).unwrap();
+        let words: Vec<&str> = key.split_whitespace().take(2).collect();
+        (path("client"), data_encoding::BASE64.encode(words.join(" ").as_bytes()))
     }
 
     /// What clients put between `ssh` and the host.

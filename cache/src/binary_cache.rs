@@ -3,9 +3,8 @@
 //! Source: protocols, sections 5.1 and 5.5; `cache_info.json`.
 
 use std::io::{BufReader, Read};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use larder_core::hash_part::HashPart;
 use larder_core::narinfo::{self, CacheInfo, NarInfo};
@@ -16,14 +15,12 @@ use larder_core::store_path::StorePath;
 use crate::client::{Client, Payload};
 use crate::closure;
 use crate::compress::Method;
-use crate::error::{CacheError, SharedError};
+use crate::error::CacheError;
+use crate::lapses::Lapses;
 use crate::lookups::{CacheId, Known, Lookups};
 use crate::nar::NarReader;
 use crate::place::{CACHE_INFO, CACHE_INFO_MAX, Place};
 use crate::uri::CacheUri;
-
-/// How long a cache that failed is passed over.
-const LEFT_ALONE: Duration = Duration::from_mins(1);
 
 /// One cache.
 pub struct BinaryCache {
@@ -38,8 +35,7 @@ pub struct BinaryCache {
     /// Where whole closures can be asked for, if anywhere.
     closures: Option<String>,
     refuses_closures: AtomicBool,
-    /// When it failed, and why.
-    failed: Mutex<Option<(Instant, Arc<str>)>>,
+    lapses: Lapses,
     reporter: Arc<dyn Reporter + Send + Sync>,
 }
 
@@ -70,7 +66,7 @@ impl BinaryCache {
             wants_mass_query: false,
             closures: None,
             refuses_closures: AtomicBool::new(false),
-            failed: Mutex::default(),
+            lapses: Lapses::default(),
             reporter,
             uri,
         };
@@ -126,23 +122,12 @@ impl BinaryCache {
 
     /// Why it is passed over, if it is.
     pub(crate) fn disabled(&self) -> Option<CacheError> {
-        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        let (at, why) = failed.as_ref().filter(|(at, _)| at.elapsed() < LEFT_ALONE)?;
-        let _ = at;
-        Some(CacheError::Disabled { uri: self.uri.shown.clone(), source: SharedError(Arc::clone(why)) })
+        self.lapses.disabled(&self.uri.shown)
     }
 
     /// Notes an error, if it says something of the whole cache.
     pub(crate) fn note(&self, error: &CacheError) {
-        if !error.is_of_whole_cache() || matches!(error, CacheError::Disabled { .. }) {
-            return;
-        }
-        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        if failed.as_ref().is_none_or(|(at, _)| at.elapsed() >= LEFT_ALONE) {
-            let (uri, seconds) = (self.uri(), LEFT_ALONE.as_secs());
-            self.reporter.message(Level::Warn, format_args!("disabling binary cache '{uri}' for {seconds} seconds"));
-        }
-        *failed = Some((Instant::now(), chain(error).into()));
+        self.lapses.note(&self.uri.shown, error, &*self.reporter);
     }
 
     /// A file that is read into memory; `None` if there is none.

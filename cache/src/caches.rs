@@ -20,6 +20,7 @@ use crate::error::CacheError;
 use crate::lookups::{Known, Lifetimes, Lookups};
 use crate::nar::NarReader;
 use crate::parallel::in_parallel;
+use crate::source::{Opener, OtherStore, Source};
 use crate::uri::CacheUri;
 
 /// Threads that ask, where requests are not limited; and the most where they are.
@@ -36,6 +37,8 @@ pub struct Options {
     pub lifetimes: Lifetimes,
     /// Where answers of caches on the network are written down.
     pub memory: Option<PathBuf>,
+    /// Who opens what is no binary cache; without, there is no such thing.
+    pub stores: Option<Opener>,
 }
 
 /// A path that a cache has.
@@ -51,7 +54,7 @@ pub struct Caches {
     options: Options,
     client: Arc<Client>,
     lookups: Lookups,
-    opened: OnceLock<Vec<BinaryCache>>,
+    opened: OnceLock<Vec<Source>>,
     reporter: Arc<dyn Reporter + Send + Sync>,
 }
 
@@ -84,14 +87,18 @@ impl Caches {
     }
 
     /// The caches that can be used, the one to ask first in front.
-    pub fn list(&self) -> &[BinaryCache] {
+    pub fn list(&self) -> &[Source] {
         self.opened.get_or_init(|| {
             let mut unique = BTreeSet::new();
             let uris: Vec<&String> = self.options.uris.iter().filter(|uri| unique.insert(uri.as_str())).collect();
             let opened = in_parallel(uris.len().min(8), &uris, |uri| {
-                let Options { dir, .. } = &self.options;
-                let uri = CacheUri::parse(uri)?;
-                BinaryCache::open(uri, dir, &self.client, &self.lookups, Arc::clone(&self.reporter))
+                let Options { dir, stores, .. } = &self.options;
+                let reporter = Arc::clone(&self.reporter);
+                match stores.as_ref().filter(|_| !CacheUri::is_cache(uri)) {
+                    Some(opener) => OtherStore::open(uri, opener, reporter).map(Source::Store),
+                    None => BinaryCache::open(CacheUri::parse(uri)?, dir, &self.client, &self.lookups, reporter)
+                        .map(|cache| Source::Cache(Box::new(cache))),
+                }
             });
             let mut list = Vec::new();
             for cache in opened {
@@ -100,12 +107,12 @@ impl Caches {
                     Err(error) => self.reporter.message(Level::Warn, format_args!("{}", chain(&error))),
                 }
             }
-            list.sort_by_key(BinaryCache::priority);
+            list.sort_by_key(Source::priority);
             list
         })
     }
 
-    pub fn get(&self, cache: usize) -> Option<&BinaryCache> {
+    pub fn get(&self, cache: usize) -> Option<&Source> {
         self.list().get(cache)
     }
 
@@ -117,7 +124,7 @@ impl Caches {
         for (number, cache) in self.list().iter().enumerate().skip(after.map_or(0, |after| after + 1)) {
             let known = match cache.disabled() {
                 Some(error) => Err(error),
-                None => cache.narinfo(&self.lookups, path.hash_part()),
+                None => cache.find(&self.lookups, path),
             };
             match known {
                 Ok(Known::There(info)) if info.info.path == *path => return Ok(Some(Found { cache: number, info })),
@@ -145,7 +152,18 @@ impl Caches {
 
     /// Asks for the closures of paths of which nothing is known yet, where that can be done.
     fn ask_closures(&self, paths: &BTreeSet<StorePath>) {
-        for cache in self.list().iter().filter(|cache| cache.offers_closures() && cache.disabled().is_none()) {
+        for source in self.list().iter().filter(|source| source.disabled().is_none()) {
+            let cache = match source {
+                Source::Cache(cache) if cache.offers_closures() => cache,
+                Source::Cache(_) => continue,
+                Source::Store(store) => {
+                    // One question for all of them.
+                    if let Err(error) = store.look_up(&self.lookups, paths) {
+                        source.note(&error);
+                    }
+                    continue;
+                }
+            };
             let unknown: Vec<HashPart> = paths
                 .iter()
                 .map(StorePath::hash_part)
@@ -170,13 +188,16 @@ impl Caches {
     /// A cache has not got, or not as it says, what was found.
     pub fn forget(&self, found: &Found) {
         if let Some(cache) = self.get(found.cache) {
-            self.lookups.forget(cache.id(), cache.on_disk(), found.info.info.path.hash_part());
+            cache.forget(&self.lookups, &found.info.info.path);
         }
     }
 
     /// Ends all requests that are open.
     pub fn stop(&self) {
         self.client.stop();
+        for source in self.opened.get().into_iter().flatten() {
+            source.stop();
+        }
     }
 
     /// Lets other processes know what was found.

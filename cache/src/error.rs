@@ -58,6 +58,8 @@ pub enum CacheError {
         #[source]
         source: SharedError,
     },
+    #[error("cannot fetch from the store '{uri}'")]
+    OtherStore { uri: String, source: larder_core::api::StoreError },
     #[error("the answer of the cache '{uri}' about a closure is not valid: {reason}")]
     Closure { uri: String, reason: &'static str },
     #[error(transparent)]
@@ -203,7 +205,7 @@ impl CacheError {
     pub fn is_of_whole_cache(&self) -> bool {
         match self {
             Self::Download { source, .. } => source.is_of_server(),
-            Self::Disabled { .. } => true,
+            Self::Disabled { .. } | Self::OtherStore { .. } => true,
             _ => false,
         }
     }

@@ -8,7 +8,8 @@
 //!
 //! - [`uri`]: what a URI of a cache says; [`client`]: requests, retries, resuming; [`files`]: a
 //!   cache on a disk; [`s3`]: one in a bucket;
-//! - [`binary_cache`]: one cache; [`caches`]: several, asked in order of their priority;
+//! - [`binary_cache`]: one cache; [`source`]: a cache or a store that is none; [`caches`]: several of
+//!   either sort, asked in order of their priority;
 //!   [`lookups`]: what was asked before, also by other processes;
 //! - [`compress`], [`nar`]: archives on their way, decompressed and checked;
 //! - [`mod@write`], [`listing`]: making a cache; [`serve`]: being one; [`closure`]: many paths at once.
@@ -28,6 +29,7 @@ pub mod closure;
 pub mod compress;
 pub mod error;
 pub mod files;
+mod lapses;
 pub mod listing;
 pub mod lookups;
 pub mod nar;
@@ -36,6 +38,7 @@ mod parallel;
 mod place;
 pub mod s3;
 pub mod serve;
+pub mod source;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod uri;
@@ -44,3 +47,4 @@ pub mod write;
 pub use binary_cache::BinaryCache;
 pub use caches::{Caches, Found, Options};
 pub use error::{CacheError, DownloadError};
+pub use source::Source;

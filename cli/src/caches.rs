@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use larder_cache::client::ClientOptions;
 use larder_cache::lookups::Lifetimes;
+use larder_cache::uri::CacheUri;
 use larder_cache::{Caches, Options};
 use larder_core::report::{Level, Reporter};
 use larder_core::settings::Settings;
 use larder_core::store_dir::StoreDir;
 
 use crate::conf::Env;
+use crate::remote::source::opener;
 
 /// The client that the settings and the environment describe.
 pub fn client_options(env: &Env, settings: &Settings) -> ClientOptions {
@@ -45,12 +47,15 @@ pub fn lifetimes(settings: &Settings) -> Lifetimes {
 
 /// The caches that paths may be fetched from. None is spoken to before it is needed.
 pub fn caches(env: &Env, settings: &Settings, dir: &StoreDir, reporter: &Arc<dyn Reporter + Send + Sync>) -> Caches {
+    let uris = uris(settings, &**reporter);
+    let has_stores = uris.iter().any(|uri| !CacheUri::is_cache(uri));
     let options = Options {
         dir: dir.clone(),
-        uris: uris(settings, &**reporter),
+        uris,
         client: client_options(env, settings),
         lifetimes: lifetimes(settings),
         memory: Some(env.cache_folder()),
+        stores: has_stores.then(|| opener(env, settings, dir, reporter)),
     };
     Caches::new(options, Arc::clone(reporter))
 }

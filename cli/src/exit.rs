@@ -47,6 +47,11 @@ impl Status {
         }
     }
 
+    /// What a build hook ends with.
+    pub(crate) const fn of_hook(code: u8) -> Self {
+        Self(code)
+    }
+
     pub const fn code(self) -> u8 {
         self.0
     }

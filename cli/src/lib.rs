@@ -15,6 +15,7 @@ pub mod daemon;
 pub mod engine;
 pub mod exit;
 pub mod graphs;
+pub mod hook;
 pub mod interrupt;
 pub mod pager;
 pub mod paths;
@@ -32,5 +33,10 @@ pub fn main(words: impl Iterator<Item = OsString>) -> ExitCode {
     let called = if words.is_empty() { OsString::from("larder") } else { words.remove(0) };
     // Files of the store must not depend on the mask of whoever calls (cli, rule 1.12).
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    if let Some((word, words)) = words.split_first()
+        && word == larder_realise::hook::WORD
+    {
+        return ExitCode::from(hook::run(words).code());
+    }
     ExitCode::from(applets::run(&called, words).code())
 }

@@ -10,9 +10,10 @@ use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::{NameError, StorePath};
+use larder_realise::build::elsewhere::Elsewhere;
 use larder_realise::build::{self, BuildSettings};
 use larder_realise::derivations::Derivations;
-use larder_realise::driver::{Builder, Driver, RealiseError};
+use larder_realise::driver::{Builder, Delegate, Driver, RealiseError};
 use larder_realise::job::{Job, Mode, Outcome, Watch};
 use larder_realise::missing::{Missing, Sources, missing_from};
 use larder_realise::plan::{Key, Target, Wanted};
@@ -25,6 +26,7 @@ use crate::builds::{BuildView, Trace};
 use crate::caches::caches;
 use crate::conf::Env;
 use crate::exit::{Failure, chain};
+use crate::hook::may_delegate;
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::paths::{PathArgumentError, store_path};
 use crate::terminal::Terminal;
@@ -183,7 +185,9 @@ impl Realiser<'_> {
         let mut settings =
             BuildSettings::new(Arc::new(self.settings.clone()), larder_sandbox::launch::Launcher::default());
         settings.hides_log = !how.shows_logs;
+        let delegate = may_delegate(self.settings, |text| self.terminal.error_text(text));
         let builder = Here { store, settings };
+        let delegate = delegate.then(|| Elsewhere::new(store, &builder.settings));
         let trace =
             how.trace.then(|| Trace { logs: store.layout().drv_logs(), compressed: self.settings.compress_build_log });
         let view = BuildView::new(self.terminal, store.dir(), how.shows_logs, trace);
@@ -193,6 +197,7 @@ impl Realiser<'_> {
         };
         let driver = Driver::new(store, self.settings, &derivations, &builder, &view)
             .substituters(substitution.as_ref().map(|from| from as &dyn Substituters))
+            .delegate(delegate.as_ref().map(|to| to as &dyn Delegate))
             .read_only(how.read_only);
         let report = driver.realise(&targets, how.mode);
         drop(view);

@@ -13,6 +13,7 @@ pub mod derivation;
 pub mod export;
 pub mod hash;
 pub mod hash_part;
+pub mod machines;
 pub mod nar;
 pub mod narinfo;
 pub mod path_info;

@@ -4,7 +4,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use larder_core::derivation::options::Attributes;
-use larder_core::derivation::{Derivation, OutputName};
+use larder_core::derivation::{Derivation, Kind, OutputName};
+use larder_core::machines::Needs;
 use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
 use larder_store::{LocalStore, StoreError};
@@ -64,15 +65,35 @@ pub fn allows_substitutes(path: &StorePath, drv: &Derivation, settings: &Setting
         || Attributes::new(path, drv).and_then(|attributes| attributes.flag("allowSubstitutes", true)).unwrap_or(true)
 }
 
-/// Why it cannot be built on this machine: its system, or features that it requires.
-pub fn unsupported(store: &LocalStore, path: &StorePath, drv: &Derivation, settings: &Settings) -> Option<String> {
+/// The features that a machine must have to build it, in order.
+fn required(path: &StorePath, drv: &Derivation) -> BTreeSet<String> {
     let attributes = Attributes::new(path, drv).ok();
     let required =
         attributes.as_ref().and_then(|attributes| attributes.strings("requiredSystemFeatures").ok().flatten());
-    let mut required: Vec<String> =
-        required.unwrap_or_default().iter().map(|word| String::from_utf8_lossy(word).into_owned()).collect();
-    required.sort_unstable();
-    required.dedup();
+    required.unwrap_or_default().iter().map(|word| String::from_utf8_lossy(word).into_owned()).collect()
+}
+
+/// What a machine must be to build it in place of this one. `None`: none can be asked to.
+pub fn needs(path: &StorePath, drv: &Derivation) -> Option<Needs> {
+    let mut features = required(path, drv);
+    match drv.kind().ok()? {
+        Kind::InputAddressed | Kind::Fixed => {}
+        // A rule of Nix: machines must say that they can do this.
+        Kind::Floating => drop(features.insert("ca-derivations".to_owned())),
+        // Nobody would know what it was built as; or it is not what is built.
+        Kind::Impure | Kind::Deferred => return None,
+    }
+    Some(Needs { system: drv.system.clone(), features })
+}
+
+/// Is it to be built on this machine if it can be?
+pub fn prefers_local(path: &StorePath, drv: &Derivation) -> bool {
+    Attributes::new(path, drv).and_then(|attributes| attributes.flag("preferLocalBuild", false)).unwrap_or(false)
+}
+
+/// Why it cannot be built on this machine: its system, or features that it requires.
+pub fn unsupported(store: &LocalStore, path: &StorePath, drv: &Derivation, settings: &Settings) -> Option<String> {
+    let required: Vec<String> = required(path, drv).into_iter().collect();
     let ours = drv.system == settings.system
         || settings.extra_platforms.contains(&drv.system)
         || drv.builder.starts_with(b"builtin:");

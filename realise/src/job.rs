@@ -36,6 +36,10 @@ pub struct Job {
 pub trait Watch: Sync {
     /// The builder is about to run; said once all locks are held (building, section 2.14).
     fn started(&self) {}
+    /// The same on another machine.
+    fn started_on(&self, _machine: &str) {
+        self.started();
+    }
     /// The builder wrote this, unfiltered.
     fn log(&self, bytes: &[u8]);
     /// Should the build be given up? Asked several times a second.

@@ -1,8 +1,11 @@
 //! Realising: making store paths valid, by building them or fetching them.
 
 pub mod build;
+pub mod copy;
 pub mod derivations;
 pub mod driver;
+pub mod errand;
+pub mod hook;
 pub mod job;
 pub mod logs;
 pub mod missing;
@@ -10,4 +13,5 @@ pub mod plan;
 pub mod results;
 pub mod sharing;
 mod signing;
+pub mod slots;
 pub mod substitute;

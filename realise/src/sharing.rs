@@ -231,8 +231,8 @@ impl SharedBuilds {
 }
 
 impl<'a> Sharing<'a> {
-    pub fn new(builds: &'a Arc<SharedBuilds>, store: &'a LocalStore, settings: BuildSettings) -> Self {
-        Self { builds, store, settings: Arc::new(settings) }
+    pub fn new(builds: &'a Arc<SharedBuilds>, store: &'a LocalStore, settings: Arc<BuildSettings>) -> Self {
+        Self { builds, store, settings }
     }
 
     /// Follows a build to its end; `None` if it ended in a way that says nothing to this client.

@@ -164,7 +164,7 @@ impl<'a> Substitution<'a> {
     fn is_trusted(&self, found: &Found) -> bool {
         let (dir, info) = (self.store.dir(), &found.info.info);
         !self.trust.requires_signatures
-            || self.caches.get(found.cache).is_some_and(larder_cache::BinaryCache::is_trusted)
+            || self.caches.get(found.cache).is_some_and(larder_cache::Source::is_trusted)
             || info.is_content_addressed(dir)
             || count_valid(dir, info, &self.trust.keys) > 0
     }
@@ -186,7 +186,7 @@ impl<'a> Substitution<'a> {
     }
 
     fn uri(&self, cache: usize) -> &str {
-        self.caches.get(cache).map_or("", larder_cache::BinaryCache::uri)
+        self.caches.get(cache).map_or("", larder_cache::Source::uri)
     }
 
     fn attempt(&self, found: &Found, replace: bool, tell: &dyn Fn(&str)) -> Attempt<'a> {

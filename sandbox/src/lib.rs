@@ -14,6 +14,7 @@
 //! The program that uses this crate calls [`enter::launcher_main`] before anything else when its
 //! first argument is [`launch::LAUNCHER_WORD`].
 
+pub mod descriptors;
 pub mod enter;
 pub mod filter;
 pub mod launch;

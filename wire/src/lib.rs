@@ -6,6 +6,7 @@
 //! over any blocking `Read` and `Write`; sockets, users and processes are the caller's.
 
 pub mod codec;
+pub mod hook;
 pub mod order;
 pub mod serve;
 pub mod stream;

@@ -1,11 +1,9 @@
 //! Closures from one store to another.
 
 use std::collections::BTreeSet;
-use std::io::{self, PipeReader, Read, Write as _};
 use std::sync::Arc;
 
-use larder_core::api::{AddOptions, NarSource, Store, StoreError};
-use larder_core::path_info::PathInfo;
+use larder_core::api::{AddOptions, Store};
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
@@ -98,10 +96,6 @@ pub(super) fn copy(
     if missing.is_empty() || how.dry_run {
         return Ok(missing);
     }
-    let mut infos = Vec::with_capacity(missing.len());
-    for (path, info) in missing.iter().zip(source.infos(&missing)?) {
-        infos.push(info.ok_or_else(|| StoreError::not_valid(source.dir(), path))?);
-    }
     let way = match (from.uri(), to.uri()) {
         (_, Some(to)) => format!(" to '{to}'"),
         (Some(from), None) => format!(" from '{from}'"),
@@ -111,72 +105,6 @@ pub(super) fn copy(
         cx.terminal.message(Level::Info, format_args!("copying path '{}'{way}...", source.dir().display(path)));
     };
     let options = AddOptions { repair: false, check_signatures: how.check_signatures };
-    // One end gives, the other takes: they meet in a pipe, each in a thread of its own.
-    let (reader, mut writer) = io::pipe()?;
-    let paths = missing.as_slice();
-    let (taken, given) = std::thread::scope(|scope| {
-        let giving = scope.spawn(move || {
-            for path in paths {
-                source.nar(path, &mut writer)?;
-            }
-            Ok::<(), StoreError>(writer.flush()?)
-        });
-        let mut objects = Objects { infos: infos.into_iter(), reader, left: 0, tell: &tell };
-        let taken = target.add_nars(&mut objects, options);
-        // Whoever still gives finds nobody to give to.
-        drop(objects);
-        (taken, giving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    });
-    match (taken, given) {
-        (Ok(()), _) => Ok(missing),
-        // That the stream ended early says less than why.
-        (Err(taken), Err(given)) if is_broken_stream(&taken) => Err(given.into()),
-        (Err(taken), _) => Err(taken.into()),
-    }
-}
-
-/// Is it only that there came no more?
-fn is_broken_stream(error: &StoreError) -> bool {
-    let mut reason: Option<&(dyn std::error::Error + 'static)> = Some(error.inner());
-    while let Some(error) = reason {
-        if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::UnexpectedEof) {
-            return true;
-        }
-        reason = error.source();
-    }
-    false
-}
-
-/// Archives one after another, each as long as its record says.
-struct Objects<'a> {
-    infos: std::vec::IntoIter<PathInfo>,
-    reader: PipeReader,
-    /// Bytes left of the current archive.
-    left: u64,
-    tell: &'a dyn Fn(&StorePath),
-}
-
-impl Read for Objects<'_> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(into.len());
-        if most == 0 {
-            return Ok(0);
-        }
-        let n = self.reader.read(into.get_mut(..most).unwrap_or_default())?;
-        if n == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        self.left -= n as u64;
-        Ok(n)
-    }
-}
-
-impl NarSource for Objects<'_> {
-    fn next_object(&mut self) -> Result<Option<PathInfo>, StoreError> {
-        io::copy(&mut *self, &mut io::sink())?;
-        let Some(info) = self.infos.next() else { return Ok(None) };
-        (self.tell)(&info.path);
-        self.left = info.nar_size_bytes;
-        Ok(Some(info))
-    }
+    larder_realise::copy::copy(source, target, &missing, options, &tell)?;
+    Ok(missing)
 }

@@ -400,8 +400,10 @@ impl Common {
             "--readonly-mode" => self.read_only = true,
             "--no-gc-warning" => self.no_gc_warning = true,
             "--print-build-trace" => self.build_trace = true,
-            // Of the evaluator, and of 1.x: nothing here depends on them.
-            "--show-trace" | "--no-show-trace" | "--no-build-hook" => {}
+            // Of 1.x: without machines no hook is asked. So much any client of a daemon may say.
+            "--no-build-hook" => self.set("builders", ""),
+            // Of the evaluator: nothing here depends on them.
+            "--show-trace" | "--no-show-trace" => {}
             "-I" | "--log-type" => drop(values::<1>(flag, words)?),
             _ if flag.starts_with("-I") => {}
             _ => return Ok(self.take_setting(flag, words)?),
@@ -498,6 +500,7 @@ mod tests {
             ("--no-substitute", "substitute", "false"),
             ("--sandbox", "sandbox", "true"),
             ("--no-sandbox", "sandbox", "false"),
+            ("--no-build-hook", "builders", ""),
             ("--relaxed-sandbox", "sandbox", "relaxed"),
             ("--substituters -ab", "substituters", "-ab"),
             ("--extra-substituters x", "extra-substituters", "x"),

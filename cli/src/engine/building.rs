@@ -11,8 +11,9 @@ use larder_core::realisation::{DrvOutput, Realisation};
 use larder_core::report::Level;
 use larder_core::store_path::StorePath;
 use larder_realise::build::BuildSettings;
+use larder_realise::build::elsewhere::Elsewhere;
 use larder_realise::derivations::Derivations;
-use larder_realise::driver::{Driver, Listener, RealiseError, Report};
+use larder_realise::driver::{Delegate, Driver, Listener, RealiseError, Report};
 use larder_realise::job::{Failure, Job};
 use larder_realise::missing::{MissingError, Sources, missing_from};
 use larder_realise::plan::{Stop, Target};
@@ -25,6 +26,7 @@ use larder_store::verify::Mender;
 use super::Engine;
 use crate::caches::caches;
 use crate::exit::{Status, chain, indent};
+use crate::hook::may_delegate;
 use crate::realising::CannotRepair;
 
 /// What the client hears of a run beside activities.
@@ -54,12 +56,16 @@ impl Engine {
         let _hold = self.interrupt.hold();
         let mut settings = BuildSettings::new(Arc::new(self.settings.clone()), Launcher::default());
         settings.hides_log = self.hides_logs;
-        let builder = Sharing::new(&self.builds, &self.local, settings);
+        let settings = Arc::new(settings);
+        let builder = Sharing::new(&self.builds, &self.local, Arc::clone(&settings));
+        let delegate = may_delegate(&self.settings, |text| self.tell_error(text));
+        let delegate = delegate.then(|| Elsewhere::new(&self.local, &settings));
         let ears = Ears { engine: self, times };
         let caches = self.caches();
         let substitution = caches.as_ref().map(|caches| Substitution::new(&self.local, caches, self.trust()));
         Driver::new(&self.local, &self.settings, derivations, &builder, &ears)
             .substituters(substitution.as_ref().map(|from| from as &dyn Substituters))
+            .delegate(delegate.as_ref().map(|to| to as &dyn Delegate))
             .realise(targets, mode.into())
     }
 
@@ -144,7 +150,9 @@ impl Engine {
         let derivations = Derivations::new(&self.local).with(path.clone(), drv.clone());
         let report = self.drive(&targets, mode, &derivations, &times);
         let results = self.results(&report, &times, |_| {
-            let all = drv.output_paths().map(|(name, path)| (name.clone(), path.cloned())).collect();
+            let built = self.local.built_outputs(drv)?;
+            let path = |name: &OutputName, path: Option<&StorePath>| path.or_else(|| built.get(name.as_str())).cloned();
+            let all = drv.output_paths().map(|(name, known)| (name.clone(), path(name, known))).collect();
             built_outputs(self.local.output_ids_of(drv)?, all, &Outputs::All)
         })?;
         Ok(results.into_iter().next().unwrap_or_default())

@@ -1,17 +1,23 @@
 //! Stores of other processes: behind a daemon's socket, or a program on another machine.
 
 pub mod address;
+pub mod source;
 pub mod ssh;
 
+use std::ffi::OsStr;
 use std::io::{BufReader, BufWriter};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::Arc;
 
 use larder_core::api::{Store, StoreError};
+use larder_core::derivation::Derivation;
 use larder_core::report::{Level, Reporter};
 use larder_core::settings::{Configured, Settings};
 use larder_core::store_dir::StoreDir;
+use larder_core::store_path::StorePath;
 use larder_wire::serve::client::Client as ServeClient;
 use larder_wire::serve::ops::BuildOptions;
 use larder_wire::value::{Obsolete, One};
@@ -72,7 +78,7 @@ pub struct Opened {
 
 enum FarStore {
     Daemon(Box<WorkerClient>, SetOptions),
-    Other(Box<dyn Store + Send + Sync>),
+    Other(Far),
 }
 
 impl std::fmt::Debug for FarStore {
@@ -85,7 +91,7 @@ impl Opened {
     pub fn store(&self) -> &(dyn Store + Sync) {
         match &self.far {
             FarStore::Daemon(client, _) => &**client,
-            FarStore::Other(store) => &**store,
+            FarStore::Other(far) => far.store(),
         }
     }
 
@@ -130,10 +136,11 @@ impl Opened {
             StoreChoice::Remote { uri } => {
                 let dir = crate::conf::store_dir(env)?;
                 let options = env.get("NIX_SSHOPTS").map(|words| words.to_string_lossy().into_owned());
-                let is_verbose = verbosity >= Level::Chatty;
                 let options = options.unwrap_or_default();
-                let store = over_ssh(&uri, dir, &configured.settings, &options, is_verbose, reporter)?;
-                Ok(Some(Self { uri, files: None, far: FarStore::Other(store) }))
+                let way = Way { options: &options, is_verbose: verbosity >= Level::Chatty };
+                let address = Address::parse(&uri).map_err(RemoteError::from)?;
+                let far = Far::open(&uri, &address, dir, &configured.settings, way, Stdio::inherit(), reporter)?;
+                Ok(Some(Self { uri, files: None, far: FarStore::Other(far) }))
             }
         }
     }
@@ -156,6 +163,18 @@ pub fn daemon(
     wishes: &SetOptions,
     reporter: Arc<dyn Reporter + Send + Sync>,
 ) -> Result<WorkerClient, RemoteError> {
+    let client = greet_daemon(socket, dir, reporter)?;
+    match client.call(wishes) {
+        Ok(()) => Ok(client),
+        Err(source) => Err(RemoteError::Greet { path: socket.to_owned(), source }),
+    }
+}
+
+fn greet_daemon(
+    socket: &Path,
+    dir: StoreDir,
+    reporter: Arc<dyn Reporter + Send + Sync>,
+) -> Result<WorkerClient, RemoteError> {
     let path = || socket.to_owned();
     let connect = || {
         let stream = self::connect(socket)?;
@@ -164,9 +183,8 @@ pub fn daemon(
     let (input, output) = connect().map_err(|source| RemoteError::Connect { path: path(), source })?;
     let input = Box::new(BufReader::with_capacity(BUFFER, input));
     let output = Box::new(BufWriter::with_capacity(BUFFER, output));
-    let client = WorkerClient::connect(input, output, dir, larder_wire::worker::MINOR, reporter)
-        .and_then(|client| client.call(wishes).map(|()| client));
-    client.map_err(|source| RemoteError::Greet { path: path(), source })
+    WorkerClient::connect(input, output, dir, larder_wire::worker::MINOR, reporter)
+        .map_err(|source| RemoteError::Greet { path: path(), source })
 }
 
 /// Connects to a socket, whose path may be longer than an address holds.
@@ -182,40 +200,179 @@ pub fn connect(socket: &Path) -> std::io::Result<UnixStream> {
     UnixStream::connect(by_fd.join(name))
 }
 
-/// Opens the store of another machine.
-pub fn over_ssh(
-    uri: &str,
-    dir: StoreDir,
-    settings: &Settings,
-    options: &str,
-    is_verbose: bool,
-    reporter: Arc<dyn Reporter + Send + Sync>,
-) -> Result<Box<dyn Store + Send + Sync>, RemoteError> {
-    let address = Address::parse(uri)?;
-    let open = |source| RemoteError::Open { uri: uri.to_owned(), source };
-    let ssh = Ssh::start(&address, options, is_verbose)?;
-    let (input, output) = ssh.into_ends();
-    let input = Box::new(BufReader::with_capacity(BUFFER, input));
-    let output = Box::new(BufWriter::with_capacity(BUFFER, output));
-    match address.scheme {
-        Scheme::Serve => {
-            let newest = larder_wire::serve::MINOR;
-            let mut client = ServeClient::connect(input, output, dir, newest).map_err(open)?;
-            let seconds = |s: i64| u64::try_from(s).unwrap_or(0);
-            client.options = BuildOptions {
-                max_silent_time_s: seconds(settings.max_silent_time),
-                build_timeout_s: seconds(settings.timeout),
-                max_log_size_bytes: settings.max_build_log_size,
-                repeats: 0,
-                enforce_determinism: false,
-                keep_failed: settings.keep_failed,
-            };
-            Ok(Box::new(client))
+/// How a store on another machine is spoken to.
+#[derive(Debug, Clone, Copy)]
+pub struct Way<'a> {
+    /// Further words for `ssh` (`NIX_SSHOPTS`).
+    pub options: &'a str,
+    pub is_verbose: bool,
+}
+
+/// A store on another machine, or at least in another process.
+#[derive(Debug)]
+pub struct Far {
+    client: FarClient,
+    /// What leads there, if that is a process of ours.
+    process: Option<Arc<OwnedFd>>,
+}
+
+/// Its protocol.
+#[derive(Debug)]
+enum FarClient {
+    Serve(Box<ServeClient>),
+    Worker(Box<WorkerClient>),
+}
+
+impl Far {
+    /// Opens the store at an address; what `ssh` and the program over there complain of goes to `errors`.
+    pub fn open(
+        uri: &str,
+        address: &Address,
+        dir: StoreDir,
+        settings: &Settings,
+        way: Way<'_>,
+        errors: Stdio,
+        reporter: Arc<dyn Reporter + Send + Sync>,
+    ) -> Result<Self, RemoteError> {
+        let ssh = Ssh::start(address, way.options, way.is_verbose, errors)?;
+        Self::greet(ssh, address.scheme, uri, dir, settings, reporter)
+    }
+
+    /// Opens a store of this machine that is not ours, by way of a process of its own.
+    pub fn here(
+        uri: &str,
+        dir: StoreDir,
+        settings: &Settings,
+        errors: Stdio,
+        reporter: Arc<dyn Reporter + Send + Sync>,
+    ) -> Result<Self, RemoteError> {
+        Self::greet(Ssh::start_here(uri, errors)?, Scheme::Serve, uri, dir, settings, reporter)
+    }
+
+    /// Opens the store of this machine that another program keeps: real Nix, which has a ledger of its
+    /// own. It is told which locks are held for it.
+    pub fn of_program(
+        words: &[String],
+        held_locks: &OsStr,
+        dir: StoreDir,
+        settings: &Settings,
+        reporter: Arc<dyn Reporter + Send + Sync>,
+    ) -> Result<Self, RemoteError> {
+        let variables = [("NIX_HELD_LOCKS", held_locks.to_owned())];
+        let ssh = Ssh::start_program(words, &variables, Stdio::inherit())?;
+        Self::greet(ssh, Scheme::Serve, words.first().map_or("", String::as_str), dir, settings, reporter)
+    }
+
+    /// A derivation that lies there, if the serve protocol is spoken.
+    pub fn derivation(&self, drv: &StorePath) -> Result<Derivation, StoreError> {
+        match &self.client {
+            FarClient::Serve(client) => client.derivation(drv),
+            FarClient::Worker(_) => Err(StoreError::unsupported("a daemon's store cannot give a derivation here")),
         }
-        // Settings are the other machine's own.
-        Scheme::Worker => {
-            let newest = larder_wire::worker::MINOR;
-            Ok(Box::new(WorkerClient::connect(input, output, dir, newest, reporter).map_err(open)?))
+    }
+
+    /// Opens the store of a daemon of this machine, with that one's own settings.
+    pub fn daemon(
+        socket: &Path,
+        dir: StoreDir,
+        reporter: Arc<dyn Reporter + Send + Sync>,
+    ) -> Result<Self, RemoteError> {
+        let client = FarClient::Worker(Box::new(greet_daemon(socket, dir, reporter)?));
+        Ok(Self { client, process: None })
+    }
+
+    fn greet(
+        ssh: Ssh,
+        scheme: Scheme,
+        uri: &str,
+        dir: StoreDir,
+        settings: &Settings,
+        reporter: Arc<dyn Reporter + Send + Sync>,
+    ) -> Result<Self, RemoteError> {
+        let open = |source| RemoteError::Open { uri: uri.to_owned(), source };
+        let process = ssh.handle();
+        let (input, output) = ssh.into_ends();
+        let input = Box::new(BufReader::with_capacity(BUFFER, input));
+        let output = Box::new(BufWriter::with_capacity(BUFFER, output));
+        let client = match scheme {
+            Scheme::Serve => {
+                let newest = larder_wire::serve::MINOR;
+                let mut client = ServeClient::connect(input, output, dir, newest).map_err(open)?;
+                let seconds = |s: i64| u64::try_from(s).unwrap_or(0);
+                client.options = BuildOptions {
+                    max_silent_time_s: seconds(settings.max_silent_time),
+                    build_timeout_s: seconds(settings.timeout),
+                    max_log_size_bytes: settings.max_build_log_size,
+                    repeats: 0,
+                    enforce_determinism: false,
+                    keep_failed: settings.keep_failed,
+                };
+                FarClient::Serve(Box::new(client))
+            }
+            // Settings are the other machine's own.
+            Scheme::Worker => {
+                let newest = larder_wire::worker::MINOR;
+                let client = WorkerClient::connect(input, output, dir, newest, reporter).map_err(open)?;
+                FarClient::Worker(Box::new(client))
+            }
+        };
+        Ok(Self { client, process })
+    }
+
+    /// Ends the connection, whatever goes on there. Whoever waits for an answer gets an error.
+    pub fn end(&self) {
+        if let Some(process) = &self.process {
+            // It may have ended by itself.
+            let _ = rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL);
         }
+    }
+
+    pub fn store(&self) -> &(dyn Store + Sync) {
+        match &self.client {
+            FarClient::Serve(client) => &**client,
+            FarClient::Worker(client) => &**client,
+        }
+    }
+
+    /// Does it believe what we say a derivation is?
+    pub fn trusts_us(&self) -> bool {
+        match &self.client {
+            // The login user is trusted as far as the protocol can tell.
+            FarClient::Serve(_) => true,
+            FarClient::Worker(client) => client.agreed().trusted != Some(false),
+        }
+    }
+
+    /// Has it keep the limits of builds that the serve protocol has in each request. What is not
+    /// limited stays as the other machine has it, and then nothing is said at all.
+    pub fn limit_builds(&self, settings: &Settings) -> Result<(), StoreError> {
+        let FarClient::Worker(client) = &self.client else { return Ok(()) };
+        let limits = [
+            ("timeout", u64::try_from(settings.timeout).unwrap_or(0)),
+            ("max-silent-time", u64::try_from(settings.max_silent_time).unwrap_or(0)),
+            ("max-build-log-size", settings.max_build_log_size),
+        ];
+        let limits: Vec<_> = limits.into_iter().filter(|(_, limit)| *limit > 0).collect();
+        if limits.is_empty() {
+            return Ok(());
+        }
+        let overrides =
+            limits.into_iter().map(|(name, limit)| (name.to_owned(), limit.to_string().into_bytes().into()));
+        client.call(&SetOptions {
+            keep_failed: settings.keep_failed,
+            keep_going: false,
+            try_fallback: false,
+            verbosity: Level::Error as u32,
+            max_build_jobs: 1,
+            max_silent_time_s: u64::try_from(settings.max_silent_time).unwrap_or(0),
+            use_build_hook: One,
+            // It is our log.
+            verbose_build: Level::Error as u32,
+            log_type: Obsolete,
+            print_build_trace: Obsolete,
+            build_cores: 0,
+            use_substitutes: true,
+            overrides: Overrides(overrides.collect()),
+        })
     }
 }

@@ -1,8 +1,13 @@
 //! `ssh` as the way to a program on another machine. Source: protocols, section 4.
 
+use std::ffi::OsString;
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::address::Address;
 
@@ -30,8 +35,9 @@ pub struct Ssh {
 }
 
 impl Ssh {
-    /// Starts it; `options` are further words for `ssh` (`NIX_SSHOPTS`).
-    pub fn start(address: &Address, options: &str, is_verbose: bool) -> Result<Self, SshError> {
+    /// Starts it; `options` are further words for `ssh` (`NIX_SSHOPTS`). What it complains of goes
+    /// to `errors`.
+    pub fn start(address: &Address, options: &str, is_verbose: bool, errors: Stdio) -> Result<Self, SshError> {
         let mut known_hosts = None;
         let command = address.command();
         let mut words: Vec<String>;
@@ -58,14 +64,45 @@ impl Ssh {
             words.push("--".into());
             words.extend(command);
         }
+        Self::spawn(&words, &[], errors, known_hosts)
+    }
+
+    /// Starts another program that serves a store of this machine, with some variables.
+    pub fn start_program(words: &[String], variables: &[(&str, OsString)], errors: Stdio) -> Result<Self, SshError> {
+        Self::spawn(words, variables, errors, None)
+    }
+
+    /// Starts the program for a store of this machine: it is its own process that cares for it. That
+    /// one has the same settings, but builds itself.
+    pub fn start_here(uri: &str, errors: Stdio) -> Result<Self, SshError> {
+        let program = ["/proc/self/exe", "nix-store", "--serve", "--write", "--store", uri];
+        let words = program.into_iter().chain(["--max-jobs", "1", "--builders", ""]);
+        Self::spawn(&words.map(str::to_owned).collect::<Vec<_>>(), &[], errors, None)
+    }
+
+    fn spawn(
+        words: &[String],
+        variables: &[(&str, OsString)],
+        errors: Stdio,
+        known_hosts: Option<tempfile::NamedTempFile>,
+    ) -> Result<Self, SshError> {
         let (program, words) = words.split_first().expect("there is a program in both cases");
         let start = |source| SshError::Start { program: program.clone(), source };
-        let mut child =
-            Command::new(program).args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(start)?;
+        let mut command = Command::new(program);
+        command.args(words).envs(variables.iter().map(|(name, value)| (name, value)));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
+        let mut child = command.spawn().map_err(start)?;
         match (child.stdout.take(), child.stdin.take()) {
             (Some(input), Some(output)) => Ok(Self { child, input, output, known_hosts }),
             _ => Err(start(io::ErrorKind::BrokenPipe.into())),
         }
+    }
+
+    /// Something to end it with, whatever it does. Linux before 5.3 has none.
+    pub fn handle(&self) -> Option<Arc<OwnedFd>> {
+        let id = Pid::from_raw(i32::try_from(self.child.id()).ok()?)?;
+        // It is not waited for yet, so the number is its own.
+        pidfd_open(id, PidfdFlags::empty()).ok().map(Arc::new)
     }
 
     /// What it says, and what it is told; it ends with both.

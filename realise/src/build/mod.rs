@@ -1,4 +1,5 @@
-//! One local build, from the locks of its outputs to the ledger.
+//! One build, from the locks of its outputs to the ledger: on this machine, or ([`elsewhere`]) on
+//! another one.
 //!
 //! The order is that of building, sections 2.9 to 2.15: the outputs are locked, then looked at
 //! once more; a build user and a directory are taken; the builder is run ([`run`]) with what
@@ -9,6 +10,7 @@
 pub mod attrs;
 pub mod builtin;
 pub mod checks;
+pub mod elsewhere;
 pub mod environment;
 pub mod hooks;
 pub mod journal;
@@ -129,6 +131,14 @@ impl Build<'_> {
         matches!(self.kind, Kind::Floating | Kind::Impure)
     }
 
+    /// Takes away what lies where outputs are to be and is not valid.
+    fn make_way(&self) -> Result<(), Failure> {
+        for place in self.outputs.values().filter(|place| place.known.is_none() || self.is_floating()) {
+            self.store.remove_entry(OsStr::new(&place.path.to_string()))?;
+        }
+        Ok(())
+    }
+
     fn say(&self, level: Level, text: std::fmt::Arguments<'_>) {
         self.store.reporter().message(level, text);
     }
@@ -162,47 +172,16 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
         let text = format!("derivation '{shown_drv}' has outputs whose paths follow from what its inputs are built as");
         return Err(input(text));
     }
-    let mut locks = match lock(store, &floating::places_to_lock(store, job))? {
-        Ok(locks) => locks,
-        Err(path) => return Ok(Outcome::Locked { path }),
+    let held = match begin(store, settings, job, kind)? {
+        Begun::Held(held) => held,
+        Begun::Over(outcome) => return Ok(outcome),
     };
-    let paths = floating::paths(store, job, kind)?;
-    // Roots come before the question what is valid.
-    store.add_temp_roots(paths.values())?;
-    let valid = store.valid_under_lock(&paths.values().cloned().collect())?;
-    let done = |locks: Vec<PathLocks>| {
-        // What is valid needs no lock any more, so that nobody needs the files.
-        for mut lock in locks {
-            lock.on_release(OnRelease::Delete);
-            lock.release()?;
-        }
-        Ok::<(), Failure>(())
-    };
-    let wanted_are_valid = job.wanted.iter().all(|name| paths.get(name).is_some_and(|path| valid.contains(path)));
-    match job.mode {
-        Mode::Normal if wanted_are_valid => {
-            done(std::mem::take(&mut locks))?;
-            return Ok(Outcome::AlreadyValid { outputs: paths });
-        }
-        Mode::Check if valid.len() != paths.values().collect::<BTreeSet<_>>().len() => {
-            let text = format!("some outputs of '{shown_drv}' are not valid, so checking is not possible");
-            return Err(Failure::new(FailureKind::Misc, text));
-        }
-        _ => {}
-    }
-    refuse_remembered(store, settings, job, paths.values())?;
-    let outputs = places(store, job, kind, &paths, &valid)?;
-    if !outputs.values().any(|place| place.wanted) {
-        done(locks)?;
-        return Ok(Outcome::AlreadyValid { outputs: paths });
-    }
+    let Held { locks, paths, outputs } = held;
     let inputs = inputs(store, job)?;
     let mut build = Build { store, settings, job, watch, attributes, kind, inputs, outputs, rewrites: Vec::new() };
     let sandboxed = chroot::decide(&build)?;
     let Some(user) = build_user(&build)? else { return Ok(Outcome::NoBuildUser) };
-    for place in build.outputs.values().filter(|place| place.known.is_none() || build.is_floating()) {
-        store.remove_entry(OsStr::new(&place.path.to_string()))?;
-    }
+    build.make_way()?;
     watch.started();
     let result = match run::rounds(&mut build, sandboxed, user.as_ref()) {
         // A sandbox that the kernel does not allow.
@@ -222,7 +201,7 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
     };
     let is_floating = build.is_floating();
     drop(user);
-    done(locks)?;
+    release(locks)?;
     // Each has its path now.
     let paths: BTreeMap<OutputName, StorePath> = if is_floating && job.mode != Mode::Check {
         paths
@@ -236,17 +215,76 @@ fn attempt(store: &LocalStore, settings: &BuildSettings, job: &Job, watch: &dyn 
         paths
     };
     if job.mode != Mode::Check {
-        let registered = paths.values().cloned().collect();
-        hooks::post_build(
-            &settings.values,
-            store.dir(),
-            store.reporter(),
-            &job.drv_path,
-            &registered,
-            &settings.environment,
-        )?;
+        post_build(store, settings, job, &paths)?;
     }
     Ok(Outcome::Built { outputs: paths })
+}
+
+/// What is held while outputs are made.
+struct Held {
+    locks: Vec<PathLocks>,
+    /// Where the outputs are to be, or are built.
+    paths: BTreeMap<OutputName, StorePath>,
+    outputs: BTreeMap<OutputName, Place>,
+}
+
+enum Begun {
+    Held(Held),
+    /// There is nothing to be done, or nothing can be done now.
+    Over(Outcome),
+}
+
+/// Locks the outputs and looks at them once more: steps 9 to 11.
+fn begin(store: &LocalStore, settings: &BuildSettings, job: &Job, kind: Kind) -> Result<Begun, Failure> {
+    let locks = match lock(store, &floating::places_to_lock(store, job))? {
+        Ok(locks) => locks,
+        Err(path) => return Ok(Begun::Over(Outcome::Locked { path })),
+    };
+    let paths = floating::paths(store, job, kind)?;
+    // Roots come before the question what is valid.
+    store.add_temp_roots(paths.values())?;
+    let valid = store.valid_under_lock(&paths.values().cloned().collect())?;
+    let wanted_are_valid = job.wanted.iter().all(|name| paths.get(name).is_some_and(|path| valid.contains(path)));
+    match job.mode {
+        Mode::Normal if wanted_are_valid => {
+            release(locks)?;
+            return Ok(Begun::Over(Outcome::AlreadyValid { outputs: paths }));
+        }
+        Mode::Check if valid.len() != paths.values().collect::<BTreeSet<_>>().len() => {
+            let shown_drv = store.dir().display(&job.drv_path);
+            let text = format!("some outputs of '{shown_drv}' are not valid, so checking is not possible");
+            return Err(Failure::new(FailureKind::Misc, text));
+        }
+        _ => {}
+    }
+    refuse_remembered(store, settings, job, paths.values())?;
+    let outputs = places(store, job, kind, &paths, &valid)?;
+    if !outputs.values().any(|place| place.wanted) {
+        release(locks)?;
+        return Ok(Begun::Over(Outcome::AlreadyValid { outputs: paths }));
+    }
+    Ok(Begun::Held(Held { locks, paths, outputs }))
+}
+
+/// What is valid needs no lock any more, so that nobody needs the files.
+fn release(locks: Vec<PathLocks>) -> Result<(), Failure> {
+    for mut lock in locks {
+        lock.on_release(OnRelease::Delete);
+        lock.release()?;
+    }
+    Ok(())
+}
+
+/// Runs the hook of the user for what is valid now.
+fn post_build(
+    store: &LocalStore,
+    settings: &BuildSettings,
+    job: &Job,
+    paths: &BTreeMap<OutputName, StorePath>,
+) -> Result<(), Failure> {
+    let registered = paths.values().cloned().collect();
+    let (values, environment) = (&settings.values, &settings.environment);
+    hooks::post_build(values, store.dir(), store.reporter(), &job.drv_path, &registered, environment)
 }
 
 /// A failure that is remembered is one now (`build-cache-failure`).

@@ -233,14 +233,14 @@ fn give(build: &Build<'_>, sandboxed: bool, temp: &TempDir) -> Result<Prepared, 
 }
 
 /// The log of one builder, and what it says about failures.
-struct Log {
+pub(super) struct Log {
     file: Option<LogWriter>,
     tail: Tail,
     bytes: u64,
 }
 
 impl Log {
-    fn begin(build: &Build<'_>) -> Result<Self, Failure> {
+    pub(super) fn begin(build: &Build<'_>) -> Result<Self, Failure> {
         let values = &build.settings.values;
         let form = if values.compress_build_log { Form::Compressed } else { Form::Plain };
         let file = if values.keep_build_log {
@@ -251,7 +251,8 @@ impl Log {
         Ok(Self { file, tail: Tail::new(values.log_lines), bytes: 0 })
     }
 
-    fn finish(self) -> Result<Vec<String>, Failure> {
+    /// Closes the file; gives the last lines.
+    pub(super) fn finish(self) -> Result<Vec<String>, Failure> {
         if let Some(file) = self.file {
             file.finish()?;
         }
@@ -299,7 +300,8 @@ impl Log {
         }
     }
 
-    fn take(&mut self, build: &Build<'_>, bytes: &[u8]) -> Result<(), Failure> {
+    /// Takes in what came. Errors: it is too much.
+    pub(super) fn take(&mut self, build: &Build<'_>, bytes: &[u8]) -> Result<(), Failure> {
         build.watch.log(bytes);
         self.tail.push(bytes);
         if let Some(file) = &mut self.file {
@@ -375,14 +377,7 @@ fn judge(build: &Build<'_>, ended: Ended, tail: Vec<String>, temp: &TempDir) -> 
     };
     let drv = build.shown_drv();
     let mut text = format!("builder for '{drv}' {how}");
-    if build.settings.hides_log && !tail.is_empty() {
-        let _ = write!(text, ";\nlast {} log lines:", tail.len());
-        for line in tail {
-            text.push_str("\n> ");
-            text.push_str(&line);
-        }
-        let _ = write!(text, "\nFor full logs, run 'nix log {drv}'.");
-    }
+    add_tail(build, &mut text, tail);
     let store = &build.store.layout().real_store;
     let mut kind =
         if matches!(build.kind, Kind::Fixed | Kind::Impure) { FailureKind::Transient } else { FailureKind::Permanent };
@@ -391,6 +386,18 @@ fn judge(build: &Build<'_>, ended: Ended, tail: Vec<String>, temp: &TempDir) -> 
         kind = FailureKind::Misc;
     }
     Err(Failure::new(kind, text))
+}
+
+/// Shows the end of the log to those who have not seen it.
+pub(super) fn add_tail(build: &Build<'_>, text: &mut String, tail: Vec<String>) {
+    if build.settings.hides_log && !tail.is_empty() {
+        let _ = write!(text, ";\nlast {} log lines:", tail.len());
+        for line in tail {
+            text.push_str("\n> ");
+            text.push_str(&line);
+        }
+        let _ = write!(text, "\nFor full logs, run 'nix log {}'.", build.shown_drv());
+    }
 }
 
 fn is_full(path: &Path) -> bool {

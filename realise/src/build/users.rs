@@ -3,7 +3,7 @@
 //! Source: building, section 8. The members of the group are taken in their order; whoever holds
 //! the lock on `$V/userpool/<uid>` has the user, across all processes and real Nix. Stores of one
 //! machine have state folders of their own, but the users are the same, and whoever has one kills all
-//! that it runs: so there is a second lock in [`FOR_ALL_STORES`], which Larder's stores share.
+//! that it runs: so there is a second lock in `/run/larder/uids`, which Larder's stores share.
 
 use std::hash::{Hash as _, Hasher as _};
 use std::io;

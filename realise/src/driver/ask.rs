@@ -8,7 +8,7 @@ use larder_core::store_path::StorePath;
 use larder_store::StoreError;
 
 use super::Driver;
-use crate::derivations::{allows_substitutes, known_outputs, unsupported};
+use crate::derivations::{allows_substitutes, known_outputs, needs, prefers_local, unsupported};
 use crate::job::{Failure, FailureKind};
 use crate::plan::{Event, Facts, Known, Offer, Wanted};
 
@@ -139,12 +139,16 @@ impl Driver<'_> {
             let drv = self.derivations.get(path)?;
             let valid = self.store.valid_subset(&drv.input_srcs)?;
             let has_paths = known_outputs(&drv).is_ok();
+            let is_there = self.derivations.given(path).is_none() || self.store.is_valid(path)?;
             let facts = Facts {
                 inputs: drv.input_drvs.clone(),
                 missing_sources: drv.input_srcs.iter().filter(|path| !valid.contains(*path)).cloned().collect(),
                 // What has no path cannot be asked for.
                 allow_substitutes: has_paths && allows_substitutes(path, &drv, self.settings),
                 unsupported: unsupported(self.store, path, &drv, self.settings).map(Into::into),
+                // Whoever is asked reads it from the store.
+                needs: needs(path, &drv).filter(|_| is_there).map(Into::into),
+                prefers_local: prefers_local(path, &drv),
                 resolves: self.resolves(&drv),
             };
             Ok((drv, facts))

@@ -36,7 +36,7 @@ pub use self::report::{Ended, RealiseError, Report};
 use self::watch::Watcher;
 use crate::derivations::Derivations;
 use crate::job::{Failure, FailureKind, Job, Mode, Outcome, Watch};
-use crate::plan::{Action, Built, Event, Fetched, Notice, Offer, Options, Plan, Target};
+use crate::plan::{self, Action, Built, Delegated, Event, Fetched, Notice, Options, Plan, Target};
 use crate::substitute::Substituters;
 
 /// How often the driver asks whether the user wants to stop, while it waits for builders.
@@ -45,6 +45,27 @@ const LOOK_UP: Duration = Duration::from_millis(100);
 /// Runs a builder. Called from several threads at once.
 pub trait Builder: Sync {
     fn build(&self, job: &Job, watch: &dyn Watch) -> Outcome;
+}
+
+/// What came of a build that was to be done elsewhere.
+#[derive(Debug)]
+pub enum Offered {
+    /// It has to be done here.
+    Declined,
+    /// So have all others.
+    DeclinedForever,
+    /// All machines that could do it are busy.
+    Postponed,
+    /// It is over; `accepted` was called before if another machine did it.
+    Ended(Outcome),
+}
+
+/// Has builds done on other machines. Called from several threads at once, but for one build after
+/// another until `accepted` is called.
+pub trait Delegate: Sync {
+    /// Offers a build to other machines, and follows it if one takes it, which is when `accepted`
+    /// is called. `willing`: there is a slot for it here.
+    fn delegate(&self, job: &Job, willing: bool, watch: &dyn Watch, accepted: &dyn Fn()) -> Offered;
 }
 
 /// Hears of builds while they go on. Called from several threads at once.
@@ -79,6 +100,7 @@ pub struct Driver<'a> {
     listener: &'a dyn Listener,
     derivations: &'a Derivations<'a>,
     substituters: Option<&'a dyn Substituters>,
+    delegate: Option<&'a dyn Delegate>,
     read_only: bool,
 }
 
@@ -96,13 +118,20 @@ impl<'a> Driver<'a> {
         builder: &'a dyn Builder,
         listener: &'a dyn Listener,
     ) -> Self {
-        Self { store, settings, builder, listener, derivations, substituters: None, read_only: false }
+        Self { store, settings, builder, listener, derivations, substituters: None, delegate: None, read_only: false }
     }
 
     /// From whom paths are fetched; without, from nobody.
     #[must_use]
     pub const fn substituters(mut self, substituters: Option<&'a dyn Substituters>) -> Self {
         self.substituters = substituters;
+        self
+    }
+
+    /// Who has builds done elsewhere; without, all are done here.
+    #[must_use]
+    pub const fn delegate(mut self, delegate: Option<&'a dyn Delegate>) -> Self {
+        self.delegate = delegate;
         self
     }
 
@@ -122,6 +151,7 @@ impl<'a> Driver<'a> {
             fallback: self.settings.fallback,
             keep_going: self.settings.keep_going,
             max_jobs: self.settings.max_jobs.0,
+            delegates: self.delegate.is_some(),
             max_fetches: self.settings.max_substitution_jobs,
             read_only: self.read_only,
         };
@@ -149,6 +179,22 @@ impl<'a> Driver<'a> {
                         drop(done.send(Event::Built { drv, built }));
                     },
                 ),
+                offers: Pool::new(
+                    scope,
+                    "offer",
+                    usize::MAX,
+                    &done,
+                    |task: &Offer| &task.job.drv_path,
+                    |drv| {
+                        let built = Built::Failed(self.broke_down("builder of", &drv));
+                        Event::Delegated { drv, answer: Delegated::Ended(built) }
+                    },
+                    move |task: Offer, done| {
+                        let drv = task.job.drv_path.clone();
+                        let say = |answer| drop(done.send(Event::Delegated { drv: drv.clone(), answer }));
+                        say(self.offer(&task, cancel, activities, &|| say(Delegated::Accepted)));
+                    },
+                ),
                 fetches: Pool::new(
                     scope,
                     "fetch",
@@ -171,11 +217,11 @@ impl<'a> Driver<'a> {
                     |question: &Question| &question.path,
                     |path| {
                         let failure = self.broke_down("question after", &path);
-                        Event::Offer { path, offer: Offer::Error { substituter: 0, failure } }
+                        Event::Offer { path, offer: plan::Offer::Error { substituter: 0, failure } }
                     },
                     move |question: Question, done| {
                         let Question { path, after } = question;
-                        let offer = self.substituters.map_or(Offer::Nobody, |from| from.offer(&path, after));
+                        let offer = self.substituters.map_or(plan::Offer::Nobody, |from| from.offer(&path, after));
                         drop(done.send(Event::Offer { path, offer }));
                     },
                 ),
@@ -208,6 +254,24 @@ impl<'a> Driver<'a> {
         let on_start = || activities.started();
         let watcher = Watcher::new(self.store, self.listener, job, cancel, &on_start);
         let outcome = self.builder.build(job, &watcher);
+        Self::ended(outcome, &watcher, activities)
+    }
+
+    /// Offers a build to others, and follows it if they take it.
+    fn offer(&self, task: &Offer, cancel: &AtomicBool, activities: &Activities<'_>, accepted: &dyn Fn()) -> Delegated {
+        let Offer { job, willing } = task;
+        let Some(delegate) = self.delegate else { return Delegated::DeclinedForever };
+        let on_start = || activities.started();
+        let watcher = Watcher::new(self.store, self.listener, job, cancel, &on_start);
+        match delegate.delegate(job, *willing, &watcher, accepted) {
+            Offered::Declined => Delegated::Declined,
+            Offered::DeclinedForever => Delegated::DeclinedForever,
+            Offered::Postponed => Delegated::Postponed,
+            Offered::Ended(outcome) => Delegated::Ended(Self::ended(outcome, &watcher, activities)),
+        }
+    }
+
+    fn ended(outcome: Outcome, watcher: &Watcher<'_>, activities: &Activities<'_>) -> Built {
         let built = match outcome {
             Outcome::Built { outputs } => Built::Valid { outputs, made: true },
             Outcome::AlreadyValid { outputs } => Built::Valid { outputs, made: false },
@@ -224,6 +288,12 @@ impl<'a> Driver<'a> {
         }
         built
     }
+}
+
+/// A build that others may do.
+struct Offer {
+    job: Job,
+    willing: bool,
 }
 
 /// A path to fetch from whoever offered it.
@@ -244,6 +314,7 @@ struct Run<'a, 's> {
     activities: &'a Activities<'a>,
     cancel: &'a AtomicBool,
     builds: Pool<'s, Job>,
+    offers: Pool<'s, Offer>,
     fetches: Pool<'s, Fetch>,
     questions: Pool<'s, Question>,
     finished: Receiver<Event>,
@@ -315,6 +386,16 @@ impl Run<'_, '_> {
                     }
                     Err(failure) => events.push_back(Event::Built { drv, built: Built::Failed(failure) }),
                 },
+                Action::Delegate { drv, wanted, willing } => {
+                    let ended = |failure| Delegated::Ended(Built::Failed(failure));
+                    let given = driver.job(&drv, &wanted, Mode::Normal).map_err(ended).and_then(|job| {
+                        let failure = || Failure { kind: FailureKind::Misc, text: pool::NO_THREAD.to_owned() };
+                        self.offers.give(Offer { job, willing }).map_err(|_| ended(failure()))
+                    });
+                    if let Err(answer) = given {
+                        events.push_back(Event::Delegated { drv, answer });
+                    }
+                }
                 Action::CancelAll => {
                     self.cancel.store(true, Ordering::SeqCst);
                     if let Some(from) = driver.substituters {
@@ -335,7 +416,7 @@ impl Run<'_, '_> {
             for ask::OfferAsked { path, after, .. } in driver.offers(offers, events) {
                 if let Err(question) = self.questions.give(Question { path, after }) {
                     let failure = Failure { kind: FailureKind::Misc, text: pool::NO_THREAD.to_owned() };
-                    let offer = Offer::Error { substituter: 0, failure };
+                    let offer = plan::Offer::Error { substituter: 0, failure };
                     events.push_back(Event::Offer { path: question.path, offer });
                 }
             }
@@ -361,6 +442,8 @@ impl Run<'_, '_> {
                     for event in &all {
                         match event {
                             Event::Built { .. } => self.builds.is_back(),
+                            Event::Delegated { answer: Delegated::Accepted, .. } => {}
+                            Event::Delegated { .. } => self.offers.is_back(),
                             Event::Fetched { .. } => self.fetches.is_back(),
                             _ => self.questions.is_back(),
                         }
@@ -389,6 +472,10 @@ impl Driver<'_> {
             }
             Notice::WaitsForUser { drv } => reporter
                 .message(Level::Error, format_args!("waiting for a free build user ID for '{}'...", dir.display(drv))),
+            Notice::WaitsForMachine { drv } => {
+                reporter
+                    .message(Level::Error, format_args!("waiting for a machine to build '{}'...", dir.display(drv)));
+            }
             Notice::Substituter(text) => self.listener.failed(text),
         }
     }

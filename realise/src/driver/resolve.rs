@@ -47,7 +47,8 @@ impl Driver<'_> {
         let known = if kind == Kind::Impure {
             BTreeMap::new()
         } else {
-            self.store.known_outputs(path).map_err(|e| store_failure(&e))?
+            // It may not lie in the store.
+            self.store.built_outputs(drv).map_err(|e| store_failure(&e))?
         };
         let place = |name: &OutputName| {
             let path = match known.get(name.as_str()) {

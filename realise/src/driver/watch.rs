@@ -50,6 +50,26 @@ impl<'a> Watcher<'a> {
         }
     }
 
+    /// The builder runs, on a machine that has a name if it is not this one.
+    fn begin(&self, machine: &str) {
+        let drv = self.store.dir().full(&self.job.drv_path);
+        let text = match self.job.mode {
+            Mode::Normal if !machine.is_empty() => format!("building '{drv}' on '{machine}'"),
+            Mode::Normal => format!("building '{drv}'"),
+            Mode::Check => format!("checking outputs of '{drv}'"),
+            Mode::Repair => format!("repairing outputs of '{drv}'"),
+        };
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.started.is_some() {
+            return;
+        }
+        let activity = Activity::Build { drv: &drv, machine };
+        let start = Start { level: Level::Info, text: &text, activity, parent: 0 };
+        state.started = Some(self.store.reporter().start(&start));
+        (self.on_start)();
+        self.listener.started(self.job);
+    }
+
     /// Did the builder run?
     pub(super) fn end(&self, how: Result<(), &Failure>) -> bool {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -79,21 +99,11 @@ fn message(line: &[u8]) -> Option<FromBuilder> {
 
 impl Watch for Watcher<'_> {
     fn started(&self) {
-        let drv = self.store.dir().full(&self.job.drv_path);
-        let text = match self.job.mode {
-            Mode::Normal => format!("building '{drv}'"),
-            Mode::Check => format!("checking outputs of '{drv}'"),
-            Mode::Repair => format!("repairing outputs of '{drv}'"),
-        };
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.started.is_some() {
-            return;
-        }
-        let activity = Activity::Build { drv: &drv, machine: "" };
-        let start = Start { level: Level::Info, text: &text, activity, parent: 0 };
-        state.started = Some(self.store.reporter().start(&start));
-        (self.on_start)();
-        self.listener.started(self.job);
+        self.begin("");
+    }
+
+    fn started_on(&self, machine: &str) {
+        self.begin(machine);
     }
 
     fn log(&self, bytes: &[u8]) {

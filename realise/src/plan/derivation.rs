@@ -82,7 +82,7 @@ impl Plan {
         }
     }
 
-    fn facts(&self, id: Id) -> Arc<Facts> {
+    pub(super) fn facts(&self, id: Id) -> Arc<Facts> {
         Arc::clone(self.goal(id).facts.as_ref().expect("it was read before anything else was done"))
     }
 
@@ -178,10 +178,16 @@ impl Plan {
             self.actions.push(Action::Resolve { drv, inputs });
             return;
         }
-        if let Some(text) = facts.unsupported.clone() {
-            return self.fail(id, GoalError::Unsupported { text });
+        self.ready_or_unsupported(id);
+    }
+
+    /// It runs as soon as it can, here or elsewhere; if it can do so nowhere, it fails.
+    pub(super) fn ready_or_unsupported(&mut self, id: Id) {
+        let unsupported = self.facts(id).unsupported.clone();
+        match unsupported.filter(|_| self.may_delegate(id).is_none()) {
+            Some(text) => self.fail(id, GoalError::Unsupported { text }),
+            None => self.make_ready(id),
         }
-        self.make_ready(id);
     }
 
     /// Where the outputs of the inputs are, which are all there.

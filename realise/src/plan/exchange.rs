@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use larder_core::derivation::OutputName;
+use larder_core::machines::Needs;
 use larder_core::store_path::StorePath;
 
 use super::error::GoalError;
@@ -23,8 +24,10 @@ pub struct Options {
     /// Build what could not be fetched, even if a substituter should have had it.
     pub fallback: bool,
     pub keep_going: bool,
-    /// Builds at once.
+    /// Builds at once on this machine.
     pub max_jobs: u32,
+    /// Is there anyone who may have builds done elsewhere? They need no slot here.
+    pub delegates: bool,
     /// Paths that are fetched at once, beside builds; one at least.
     pub max_fetches: u32,
     /// The store cannot be written to.
@@ -54,8 +57,12 @@ pub struct Facts {
     /// Sources that are not valid.
     pub missing_sources: BTreeSet<StorePath>,
     pub allow_substitutes: bool,
-    /// Why it cannot be built here, whatever is done.
+    /// Why it cannot be built on this machine, whatever is done.
     pub unsupported: Option<Arc<str>>,
+    /// What a machine must be to build it. `None`: no other machine can be asked to.
+    pub needs: Option<Arc<Needs>>,
+    /// It is to be built on this machine if it can be.
+    pub prefers_local: bool,
     /// It is not built itself, but what it becomes once the paths of its inputs are known.
     pub resolves: bool,
 }
@@ -97,6 +104,20 @@ pub enum Built {
     NoBuildUser,
 }
 
+/// What came of a build that was to be done elsewhere.
+#[derive(Debug)]
+pub enum Delegated {
+    /// Another machine will do it; how it ended is said later, in the same way.
+    Accepted,
+    /// It has to be done here.
+    Declined,
+    /// So have all others.
+    DeclinedForever,
+    /// All machines that could do it are busy.
+    Postponed,
+    Ended(Built),
+}
+
 /// What has happened. But for the first and the last two, each answers an [`Action`].
 #[derive(Debug)]
 pub enum Event {
@@ -127,6 +148,11 @@ pub enum Event {
     Built {
         drv: StorePath,
         built: Built,
+    },
+    /// Said once, or twice if the first answer is [`Delegated::Accepted`].
+    Delegated {
+        drv: StorePath,
+        answer: Delegated,
     },
     /// What the derivation becomes: another one, which is valid.
     Resolved {
@@ -187,6 +213,13 @@ pub enum Action {
         wanted: Wanted,
         mode: Mode,
     },
+    /// Have it built elsewhere. Never asked for a second one before the first is answered.
+    /// `willing`: there is a slot for it here.
+    Delegate {
+        drv: StorePath,
+        wanted: Wanted,
+        willing: bool,
+    },
     /// Stop builds and fetching; each still answers.
     CancelAll,
     /// Say [`Event::Poll`] after some time. Never asked for twice at once.
@@ -203,6 +236,9 @@ pub enum Notice {
         path: PathBuf,
     },
     WaitsForUser {
+        drv: StorePath,
+    },
+    WaitsForMachine {
         drv: StorePath,
     },
     /// A substituter failed, and others are tried, or the path is built.

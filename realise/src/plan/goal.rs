@@ -99,8 +99,12 @@ pub(super) enum State {
     Noting,
     /// Waits for what the path will refer to.
     AwaitingReferences,
-    /// Could run, and waits for a slot.
+    /// Could run, and waits for a slot, or for someone elsewhere.
     Ready,
+    /// Someone was asked to have it built elsewhere.
+    Offered,
+    /// It is being built elsewhere.
+    RunningElsewhere,
     /// Another goal of this run makes one of its paths.
     Beaten,
     Running,
@@ -173,6 +177,8 @@ pub(super) struct Goal {
     /// What it has become, and how that went.
     pub(super) resolved: Option<Id>,
     pub(super) tried_fetch: bool,
+    /// Nobody elsewhere wants to build it.
+    pub(super) declined: bool,
     pub(super) again: Again,
     /// More outputs were wanted while some were fetched.
     pub(super) restart: bool,
@@ -203,6 +209,7 @@ impl Goal {
             facts: None,
             resolved: None,
             tried_fetch: false,
+            declined: false,
             again: Again::No,
             restart: false,
             at: 0,

@@ -9,11 +9,13 @@
 //! - [`goal`]: what is known of one goal;
 //! - `derivation`, `path`: what a goal of either sort does next;
 //! - `schedule`: which of those that could run do, and when;
+//! - `elsewhere`: which of those are built on other machines;
 //! - [`error`]: why it failed.
 //!
 //! Source: building, sections 1 to 3 and 13.
 
 mod derivation;
+mod elsewhere;
 pub mod error;
 pub mod exchange;
 pub mod goal;
@@ -27,10 +29,11 @@ use std::sync::Arc;
 
 use larder_core::store_path::StorePath;
 
+use self::elsewhere::Elsewhere;
 use self::error::Class;
 pub use self::error::GoalError;
 pub use self::exchange::{
-    Action, Built, Ended, Event, Facts, Fetched, Known, Notice, Offer, Options, Stop, Success, Target,
+    Action, Built, Delegated, Ended, Event, Facts, Fetched, Known, Notice, Offer, Options, Stop, Success, Target,
 };
 use self::goal::{Goal, Id, State, Waiter};
 pub use self::goal::{Key, Wanted};
@@ -54,6 +57,7 @@ pub struct Plan {
     woken: Vec<Id>,
     ready_paths: BTreeSet<(Key, Id)>,
     ready_derivations: BTreeSet<(Key, Id)>,
+    elsewhere: Elsewhere,
     /// Paths that running goals make, and the goals that must look again after that.
     making: HashMap<StorePath, Vec<Id>>,
     /// Paths that were made in this run.
@@ -86,6 +90,7 @@ impl Plan {
             woken: Vec::new(),
             ready_paths: BTreeSet::new(),
             ready_derivations: BTreeSet::new(),
+            elsewhere: Elsewhere::new(options.delegates),
             making: HashMap::new(),
             made: HashSet::new(),
             running_builds: 0,
@@ -151,18 +156,25 @@ impl Plan {
             Event::Built { drv, built } => {
                 if let Some(id) = self.asked(&Key::Derivation(drv), State::Running) {
                     self.running_builds -= 1;
-                    self.release(id, |name| match &built {
-                        Built::Valid { outputs, .. } => name.is_some_and(|name| outputs.contains_key(name)),
-                        _ => false,
-                    });
                     for waiting in std::mem::take(&mut self.parked_for_user) {
                         self.make_ready(waiting);
                     }
-                    self.built(id, built);
+                    self.ran(id, built);
+                }
+            }
+            Event::Delegated { drv, answer } => {
+                let key = Key::Derivation(drv);
+                if let Some(id) = self.asked(&key, State::Offered) {
+                    self.answered(id, answer);
+                } else if let (Some(id), Delegated::Ended(built)) = (self.asked(&key, State::RunningElsewhere), answer)
+                {
+                    self.elsewhere.running -= 1;
+                    self.ran(id, built);
                 }
             }
             Event::Poll => {
                 self.polling = false;
+                self.elsewhere.ask_again();
                 let parked = std::mem::take(&mut self.parked).into_iter();
                 for id in parked.chain(std::mem::take(&mut self.parked_for_user)) {
                     self.make_ready(id);
@@ -230,7 +242,18 @@ impl Plan {
     }
 
     const fn running(&self) -> u32 {
-        self.running_builds + self.running_fetches
+        self.running_builds + self.running_fetches + self.elsewhere.open()
+    }
+
+    /// A build ended, here or elsewhere.
+    fn ran(&mut self, id: Id, built: Built) {
+        self.release(id, |name| match &built {
+            Built::Valid { outputs, .. } => name.is_some_and(|name| outputs.contains_key(name)),
+            _ => false,
+        });
+        // A slot is free now, or a machine.
+        self.elsewhere.ask_again();
+        self.built(id, built);
     }
 
     fn realise(&mut self, targets: Vec<Target>) {
@@ -273,6 +296,7 @@ impl Plan {
             State::Done if again => {
                 goal.result = None;
                 goal.tried_fetch = false;
+                goal.declined = false;
                 goal.again = goal::Again::No;
                 self.tops_left += usize::from(id < self.top_goals);
                 self.done -= 1;

@@ -11,15 +11,25 @@ use super::goal::{Goal, Id, Key, State};
 use super::{Action, Notice, Plan, Stop, Success};
 use crate::job::Mode;
 
+/// Where something is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Here,
+    Elsewhere { willing: bool },
+}
+
 impl Plan {
     pub(super) fn make_ready(&mut self, id: Id) {
         let goal = self.goal_mut(id);
         goal.state = State::Ready;
         let entry = (goal.key.clone(), id);
         match entry.0 {
-            Key::Path(_) => self.ready_paths.insert(entry),
-            Key::Derivation(_) => self.ready_derivations.insert(entry),
-        };
+            Key::Path(_) => drop(self.ready_paths.insert(entry)),
+            Key::Derivation(_) => match self.may_delegate(id) {
+                Some(needs) => self.elsewhere.wait(needs, entry),
+                None => drop(self.ready_derivations.insert(entry)),
+            },
+        }
     }
 
     /// Lets a goal wait for another process, and tells so the first time.
@@ -28,9 +38,13 @@ impl Plan {
             Notice::WaitsForUser { .. } => self.parked_for_user.push(id),
             _ => self.parked.push(id),
         }
-        let goal = self.goal_mut(id);
-        goal.state = State::Parked;
-        if !std::mem::replace(&mut goal.told_parked, true) {
+        self.goal_mut(id).state = State::Parked;
+        self.poll_later(id, notice);
+    }
+
+    /// Looks again after some time, and tells why the first time.
+    pub(super) fn poll_later(&mut self, id: Id, notice: Notice) {
+        if !std::mem::replace(&mut self.goal_mut(id).told_parked, true) {
             self.actions.push(Action::Tell(notice));
         }
         if !self.polling {
@@ -39,27 +53,42 @@ impl Plan {
         }
     }
 
-    /// Starts what may start: paths first, then derivations, each in order.
+    /// Is there a slot for a build here? A build that is offered to others has one until they answer.
+    const fn has_slot(&self) -> bool {
+        let offered = if self.elsewhere.holds_slot() { 1 } else { 0 };
+        self.running_builds + offered < self.options.max_jobs
+    }
+
+    /// Starts what may start: paths first, then derivations, each in order. What others may do is
+    /// offered to them first.
     pub(super) fn start_ready(&mut self) {
         if self.asked_here > 0 {
             return;
         }
         while self.stop.is_none() {
             let fetch = self.running_fetches < self.options.max_fetches.max(1) && !self.ready_paths.is_empty();
-            let next = if fetch {
-                self.ready_paths.pop_first()
-            } else if self.running_builds < self.options.max_jobs {
-                self.ready_derivations.pop_first()
+            if fetch && let Some((_, id)) = self.ready_paths.pop_first() {
+                self.start(id, Place::Here);
+            } else if let Some(id) = self.elsewhere.next() {
+                if self.may_delegate(id).is_none() {
+                    // It is to be repaired now.
+                    self.ready_or_unsupported(id);
+                    continue;
+                }
+                let willing = self.has_slot() && self.facts(id).unsupported.is_none();
+                self.start(id, Place::Elsewhere { willing });
+            } else if self.has_slot()
+                && let Some((_, id)) = self.ready_derivations.pop_first()
+            {
+                self.start(id, Place::Here);
             } else {
-                None
-            };
-            let Some((_, id)) = next else { return };
-            self.start(id);
+                return;
+            }
         }
     }
 
     /// Runs a goal, unless another makes, or has made, the same.
-    fn start(&mut self, id: Id) {
+    fn start(&mut self, id: Id, place: Place) {
         let goal = self.goal(id);
         let beaten = goal.makes().find(|path| self.making.contains_key(*path)).cloned();
         if let Some(path) = beaten {
@@ -81,7 +110,7 @@ impl Plan {
             self.making.insert(path, Vec::new());
         }
         let goal = self.goal_mut(id);
-        goal.state = State::Running;
+        goal.state = if place == Place::Here { State::Running } else { State::Offered };
         goal.restart = false;
         goal.served = goal.wanted.clone();
         let (mode, wanted) = (goal.mode, goal.wanted.clone());
@@ -93,8 +122,16 @@ impl Plan {
             }
             Key::Derivation(drv) => {
                 let drv = drv.clone();
-                self.running_builds += 1;
-                Action::Build { drv, wanted, mode }
+                match place {
+                    Place::Here => {
+                        self.running_builds += 1;
+                        Action::Build { drv, wanted, mode }
+                    }
+                    Place::Elsewhere { willing } => {
+                        self.elsewhere.offer(willing);
+                        Action::Delegate { drv, wanted, willing }
+                    }
+                }
             }
         };
         self.actions.push(action);
@@ -127,6 +164,7 @@ impl Plan {
             && self.asked_here + self.asked_there == 0
             && self.parked.is_empty()
             && self.parked_for_user.is_empty()
+            && self.elsewhere.is_empty()
     }
 
     /// Either there are no slots, or goals wait for each other: paths that a substituter says

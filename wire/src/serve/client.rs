@@ -165,7 +165,7 @@ impl Client {
     }
 
     /// A derivation that the other side has.
-    fn derivation(&self, drv: &StorePath) -> Result<Derivation, StoreError> {
+    pub fn derivation(&self, drv: &StorePath) -> Result<Derivation, StoreError> {
         let mut nar = Limited { bytes: Vec::new(), most: MAX_DERIVATION };
         self.nar(drv, &mut nar)?;
         let (mut parser, mut rest, mut text) = (Parser::default(), nar.bytes.as_slice(), Vec::new());

@@ -6,8 +6,8 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use larder_cache::Caches;
 use larder_cache::client::Client;
+use larder_cache::{Caches, Source};
 use larder_core::derivation::OutputName;
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
@@ -222,7 +222,7 @@ fn remote_log(
     caches: Option<&Caches>,
     drv: &StorePath,
 ) -> Option<Box<dyn std::io::Read>> {
-    for cache in caches.iter().flat_map(|caches| caches.list()) {
+    for cache in caches.iter().flat_map(|caches| caches.list()).filter_map(Source::cache) {
         match cache.log(drv) {
             Ok(Some(log)) => {
                 let url = format!("{}/log/{drv}", cache.uri());

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 
-use super::world::{Drv, Turn, World, drv, failure, name, offered, options, path, target, world};
+use super::world::{Answer, Drv, Turn, World, drv, failure, name, offered, options, path, target, world};
 use crate::job::{FailureKind, Mode};
 use crate::plan::{Action, Event, GoalError, Key, Notice, Options, Plan, Stop, Success, Target, Wanted};
 
@@ -388,4 +388,105 @@ fn derivations_become_others_when_their_inputs_are_there() {
     let plan = run(&mut world, options(), &[target(&one, &[])]);
     assert_eq!(results(&plan), [Err(format!("build of '/s/{}' failed", one.path))]);
     assert_eq!(world.notices.len(), 1);
+}
+
+fn many(count: usize) -> Vec<Drv> {
+    (1..=count).map(|number| drv(number, &format!("d{number:02}"), &["out"], &[])).collect()
+}
+
+/// A world where so many builds can be done elsewhere at a time.
+fn with_machine(room_elsewhere: usize, drvs: &[&Drv]) -> World {
+    let mut world = self::world(drvs);
+    world.room_elsewhere = room_elsewhere;
+    world
+}
+
+fn delegating(max_jobs: u32) -> Options {
+    Options { delegates: true, max_jobs, has_substituters: false, ..options() }
+}
+
+/// What others take needs no slot here, and what they have no room for is built here.
+#[test]
+fn builds_elsewhere_take_no_slot() {
+    let drvs = many(4);
+    let mut world = with_machine(2, &drvs.iter().collect::<Vec<_>>());
+    // All that can begin does before anything ends.
+    for drv in world.drvs.values_mut() {
+        drv.turns.push_back(Turn::Hangs);
+    }
+    let mut plan = Plan::new(delegating(1));
+    let targets = drvs.iter().map(|drv| target(drv, &[])).collect();
+    let mut running = (0, 0);
+    let mut events = vec![Event::Realise(targets)];
+    while let Some(event) = events.pop() {
+        let actions = plan.step(event);
+        let mut todo = Vec::new();
+        world.take(&delegating(1), actions, &mut todo);
+        for action in todo {
+            match action {
+                Action::Build { .. } => running.0 += 1,
+                action => events.push(world.answer(&delegating(1), action)),
+            }
+        }
+        running.1 = world.elsewhere.len();
+    }
+    assert_eq!(running, (1, 2));
+    assert_eq!(world.offers, 4);
+}
+
+#[test]
+fn what_nobody_takes_is_built_here() {
+    let mut drvs = many(2);
+    drvs[0].answers.push_back(Answer::Decline);
+    drvs[1].answers.push_back(Answer::DeclineForever);
+    let mut world = with_machine(1, &[&drvs[0], &drvs[1]]);
+    let plan = run(&mut world, delegating(1), &[target(&drvs[0], &[]), target(&drvs[1], &[])]);
+    assert_eq!(results(&plan), [Ok(Success::Built), Ok(Success::Built)]);
+    assert_eq!((world.offers, world.built_elsewhere.len()), (2, 0));
+    // With no slots it is built nowhere.
+    let mut world = with_machine(1, &[&drvs[0]]);
+    let plan = run(&mut world, delegating(0), &[target(&drvs[0], &[])]);
+    assert_eq!(plan.stopped(), Some(Stop::NoJobs));
+    // Nor is what this machine cannot build.
+    drvs[0].supported = false;
+    let mut world = with_machine(1, &[&drvs[0]]);
+    let plan = run(&mut world, delegating(1), &[target(&drvs[0], &[])]);
+    assert_eq!(results(&plan), [Err("another system".into())]);
+    // Which it does not even look at if it must be repaired.
+    let mut world = with_machine(1, &[&drvs[0]]);
+    let plan = run(&mut world, Options { mode: Mode::Repair, ..delegating(1) }, &[target(&drvs[0], &[])]);
+    assert_eq!((results(&plan), world.offers), (vec![Err("another system".into())], 0));
+}
+
+/// Busy machines are waited for, and are not asked again for everything that waits.
+#[test]
+fn what_is_put_off_is_offered_again() {
+    let drvs = many(30);
+    let mut world = with_machine(1, &drvs.iter().collect::<Vec<_>>());
+    let targets: Vec<Target> = drvs.iter().map(|drv| target(drv, &[])).collect();
+    // What has just begun is answered first, so that builds last.
+    let plan = world.run(delegating(0), &targets, &mut |many| many - 1);
+    assert!(results(&plan).iter().all(|result| *result == Ok(Success::Built)));
+    assert_eq!(world.built_elsewhere.len(), 30);
+    assert!(world.offers <= 60, "{}", world.offers);
+    let waits = world.notices.iter().filter(|notice| matches!(notice, Notice::WaitsForMachine { .. })).count();
+    assert_eq!(waits, 29, "each says so once");
+    // Nothing but time may help.
+    let mut drv = drvs[0].clone();
+    drv.answers.extend([Answer::Postpone, Answer::Postpone]);
+    let mut world = with_machine(1, &[&drv]);
+    let plan = run(&mut world, delegating(1), &[target(&drv, &[])]);
+    assert_eq!((results(&plan), world.offers), (vec![Ok(Success::Built)], 3));
+}
+
+#[test]
+fn what_prefers_this_machine_stays() {
+    let mut drv = many(1).remove(0);
+    drv.prefers_local = true;
+    for (max_jobs, supported, offers) in [(1, true, 0), (0, true, 1), (1, false, 1)] {
+        drv.supported = supported;
+        let mut world = with_machine(1, &[&drv]);
+        let plan = run(&mut world, delegating(max_jobs), &[target(&drv, &[])]);
+        assert_eq!((results(&plan), world.offers), (vec![Ok(Success::Built)], offers));
+    }
 }

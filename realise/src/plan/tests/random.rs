@@ -7,7 +7,7 @@ use larder_core::store_path::StorePath;
 use proptest::prelude::*;
 use proptest::sample::Index;
 
-use super::world::{Drv, Has, Turn, World, name, path};
+use super::world::{Answer, Drv, Has, Turn, World, name, path};
 use crate::job::{FailureKind, Mode};
 use crate::plan::{Key, Options, Target, Wanted};
 
@@ -21,6 +21,9 @@ struct Seed {
     inputs: Vec<(Index, u8)>,
     sources: Vec<Index>,
     turns: Vec<Turn>,
+    answers: Vec<Answer>,
+    /// Bits: prefers this machine, needs another.
+    place: u8,
     /// Bits: outputs valid, outputs damaged.
     valid: u8,
     damaged: u8,
@@ -48,6 +51,17 @@ fn turn() -> impl Strategy<Value = Turn> {
     ]
 }
 
+fn answer() -> impl Strategy<Value = Answer> {
+    prop_oneof![
+        8 => Just(Answer::Sensible),
+        3 => Just(Answer::Decline),
+        3 => Just(Answer::Postpone),
+        1 => Just(Answer::DeclineForever),
+        1 => Just(Answer::Locked),
+        1 => Just(Answer::Fails),
+    ]
+}
+
 fn seed() -> impl Strategy<Value = Seed> {
     let graph = (
         1u8..8,
@@ -61,8 +75,11 @@ fn seed() -> impl Strategy<Value = Seed> {
         prop::collection::vec((0u8..12, prop::collection::vec(any::<Index>(), 0..3)), 0..3),
         3..=3,
     );
-    (graph, state, flags, prop::option::weighted(0.1, any::<Index>()), offers).prop_map(
-        |((outputs, inputs, sources, turns), (valid, damaged), flags, shares, offers)| Seed {
+    let elsewhere = (prop::collection::vec(answer(), 0..3), 0u8..16);
+    (graph, state, flags, (prop::option::weighted(0.1, any::<Index>()), elsewhere), offers).prop_map(
+        |((outputs, inputs, sources, turns), (valid, damaged), flags, (shares, (answers, place)), offers)| Seed {
+            answers,
+            place,
             outputs,
             inputs,
             sources,
@@ -160,6 +177,9 @@ fn make(seeds: &[Seed], dirty: bool) -> Made {
             allow_substitutes: seed.allow_substitutes,
             supported: !seed.unsupported,
             turns: VecDeque::from(seed.turns.clone()),
+            answers: VecDeque::from(seed.answers.clone()),
+            prefers_local: seed.place & 3 == 3,
+            system: if seed.place >> 2 == 3 { "there" } else { "here" },
             registers_all: seed.registers_all,
             becomes: None,
         };
@@ -177,6 +197,7 @@ impl Made {
         for drv in self.world.drvs.values() {
             let good = drv.valid
                 && drv.supported
+                && !drv.answers.contains(&Answer::Fails)
                 && drv.turns.iter().all(|turn| !matches!(turn, Turn::Fails(_) | Turn::Hangs))
                 && drv.sources.iter().all(|source| self.world.valid.contains(source))
                 && drv.inputs.iter().all(|(input, names)| {
@@ -194,7 +215,7 @@ impl Made {
 fn any_options() -> impl Strategy<Value = Options> {
     let mode = prop_oneof![3 => Just(Mode::Normal), 1 => Just(Mode::Check), 2 => Just(Mode::Repair)];
     let jobs = prop_oneof![1 => Just(0u32), 12 => 1u32..5];
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), prop::bool::weighted(0.7), rarely());
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), prop::bool::weighted(0.7), rarely(), any::<bool>());
     (mode, jobs, 0u32..4, flags).prop_map(|(mode, max_jobs, max_fetches, flags)| Options {
         mode,
         substitute: flags.3,
@@ -202,6 +223,7 @@ fn any_options() -> impl Strategy<Value = Options> {
         fallback: flags.2,
         keep_going: flags.0,
         max_jobs,
+        delegates: flags.5,
         max_fetches,
         read_only: flags.4,
     })
@@ -223,6 +245,7 @@ proptest! {
         order in any::<u64>(),
     ) {
         let mut made = make(&seeds, dirty);
+        made.world.room_elsewhere = usize::try_from(order % 3).unwrap();
         let sound = made.sound();
         let drvs: Vec<Drv> = made.world.drvs.values().cloned().collect();
         let mut targets: Vec<Target> = tops.iter().map(|(index, bits, whole)| {

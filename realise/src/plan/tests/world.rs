@@ -4,11 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
 use larder_core::derivation::OutputName;
+use larder_core::machines::Needs;
 use larder_core::store_path::StorePath;
 
 use crate::job::{Failure, FailureKind, Mode};
 use crate::plan::{
-    Action, Built, Event, Facts, Fetched, Key, Known, Notice, Offer, Options, Plan, Stop, Target, Wanted,
+    Action, Built, Delegated, Event, Facts, Fetched, Key, Known, Notice, Offer, Options, Plan, Stop, Target, Wanted,
 };
 
 pub(super) fn failure(kind: FailureKind) -> Failure {
@@ -34,6 +35,19 @@ pub(super) enum Turn {
     Hangs,
 }
 
+/// What those say who are asked to have something built elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// It is taken if there is room, and put off if not.
+    Sensible,
+    Decline,
+    DeclineForever,
+    Postpone,
+    /// Nobody is asked: another process makes it.
+    Locked,
+    Fails,
+}
+
 #[derive(Debug, Clone)]
 #[expect(clippy::struct_excessive_bools, reason = "each is one way to be odd")]
 pub(super) struct Drv {
@@ -45,6 +59,11 @@ pub(super) struct Drv {
     pub(super) allow_substitutes: bool,
     pub(super) supported: bool,
     pub(super) turns: VecDeque<Turn>,
+    /// The answers to offers of it, and `Sensible` from then on.
+    pub(super) answers: VecDeque<Answer>,
+    pub(super) prefers_local: bool,
+    /// Its system.
+    pub(super) system: &'static str,
     /// Are outputs that nobody wanted registered as well?
     pub(super) registers_all: bool,
     /// The derivation that it becomes, which has outputs of the same names.
@@ -67,6 +86,7 @@ pub(super) enum Has {
 }
 
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is something that happened or did not")]
 pub(super) struct World {
     pub(super) drvs: BTreeMap<StorePath, Drv>,
     pub(super) valid: HashSet<StorePath>,
@@ -79,6 +99,18 @@ pub(super) struct World {
     pub(super) asked: usize,
     /// Questions about derivations in this store.
     pub(super) looked: usize,
+    /// Builds at once elsewhere.
+    pub(super) room_elsewhere: usize,
+    /// What was built elsewhere, and how often somebody was asked to.
+    pub(super) built_elsewhere: Vec<StorePath>,
+    pub(super) offers: usize,
+    pub(super) elsewhere: HashSet<StorePath>,
+    /// What is offered, and how many slots it has here.
+    offered: Option<(StorePath, usize)>,
+    /// Systems for which all machines were busy, and nothing has changed since.
+    busy: HashSet<&'static str>,
+    declined: HashSet<StorePath>,
+    declined_forever: bool,
     making: HashSet<StorePath>,
     building: usize,
     fetching: usize,
@@ -98,22 +130,32 @@ impl World {
         for round in 0.. {
             assert!(round < limit, "it does not end");
             let able: Vec<usize> = (0..todo.len()).filter(|n| !self.hangs(todo.get(*n).unwrap())).collect();
-            let event = if !able.is_empty() {
-                let action = todo.remove(*able.get(pick(able.len())).unwrap());
-                self.answer(&options, action)
+            let action = if !able.is_empty() {
+                Some(todo.remove(*able.get(pick(able.len())).unwrap()))
             } else if self.polling {
-                self.polling = false;
-                Event::Poll
+                None
             } else if let Some(hanging) = todo.pop() {
-                self.answer(&options, hanging)
+                Some(hanging)
             } else {
                 break;
+            };
+            let event = if let Some(action) = action {
+                let event = self.answer(&options, action.clone());
+                if matches!(event, Event::Delegated { answer: Delegated::Accepted, .. }) {
+                    // It goes on, and ends some time.
+                    todo.push(action);
+                }
+                event
+            } else {
+                self.polling = false;
+                self.busy.clear();
+                Event::Poll
             };
             let actions = plan.step(event);
             self.take(&options, actions, &mut todo);
         }
         assert!(plan.is_done(), "it gave up: {plan:#?}");
-        assert_eq!((self.building, self.fetching), (0, 0));
+        assert_eq!((self.building, self.fetching, self.elsewhere.len()), (0, 0, 0));
         if plan.stopped() == Some(Stop::NoJobs) {
             assert_eq!(options.max_jobs, 0);
         }
@@ -125,12 +167,15 @@ impl World {
             Action::Build { drv, .. } if !self.cancelled => {
                 self.drvs.get(drv).is_some_and(|drv| drv.turns.front() == Some(&Turn::Hangs))
             }
+            Action::Delegate { drv, .. } if !self.cancelled && self.elsewhere.contains(drv) => {
+                self.drvs.get(drv).is_some_and(|drv| drv.turns.front() == Some(&Turn::Hangs))
+            }
             _ => false,
         }
     }
 
     /// Sees that what is asked for may be.
-    fn take(&mut self, options: &Options, actions: Vec<Action>, todo: &mut Vec<Action>) {
+    pub(super) fn take(&mut self, options: &Options, actions: Vec<Action>, todo: &mut Vec<Action>) {
         for action in actions {
             match &action {
                 Action::Tell(notice) => {
@@ -146,10 +191,11 @@ impl World {
                     self.polling = true;
                     continue;
                 }
-                Action::Build { drv, wanted, mode } => {
+                Action::Build { drv, wanted, .. } | Action::Delegate { drv, wanted, .. } => {
                     assert!(!self.cancelled && (options.keep_going || !self.failed), "started after the end");
                     let drv = self.drvs.get(drv).expect("it exists");
-                    assert!(drv.valid && drv.supported && drv.becomes.is_none());
+                    let mode = if let Action::Build { mode, .. } = &action { *mode } else { Mode::Normal };
+                    assert!(drv.valid && drv.becomes.is_none());
                     for (input, names) in &drv.inputs {
                         let outputs = &self.drvs.get(input).expect("inputs exist").outputs;
                         for name in names {
@@ -160,13 +206,27 @@ impl World {
                     assert!(drv.sources.iter().all(|source| self.valid.contains(source)), "before its sources");
                     let missing =
                         drv.outputs.iter().filter(|(n, _)| wanted.has(n)).any(|(_, p)| !self.valid.contains(p));
-                    assert!(missing || *mode != Mode::Normal, "made twice");
+                    assert!(missing || mode != Mode::Normal, "made twice");
                     let own: Vec<StorePath> = drv.outputs.values().cloned().collect();
                     for path in own {
                         assert!(self.making.insert(path), "made twice at once");
                     }
-                    self.building += 1;
-                    assert!(self.building <= options.max_jobs as usize, "too many at once");
+                    let (path, system) = (drv.path.clone(), drv.system);
+                    if let Action::Delegate { willing, .. } = &action {
+                        assert!(options.delegates && !self.declined_forever && !self.declined.contains(&path));
+                        assert!(!(drv.prefers_local && drv.supported && options.max_jobs > 0), "it is to stay here");
+                        assert!(!self.busy.contains(system), "asked again though nothing has changed");
+                        assert!(!*willing || drv.supported);
+                        let slot = usize::from(*willing);
+                        assert!(self.building + slot <= options.max_jobs as usize, "there is no slot for it here");
+                        assert_eq!(self.offered.replace((path, slot)), None, "two offers at once");
+                        self.offers += 1;
+                    } else {
+                        assert!(drv.supported);
+                        self.building += 1;
+                        let offered = self.offered.as_ref().map_or(0, |(_, slot)| *slot);
+                        assert!(self.building + offered <= options.max_jobs as usize, "too many at once");
+                    }
                 }
                 Action::Fetch { path, substituter, replace } => {
                     assert!(!self.cancelled && (options.keep_going || !self.failed), "started after the end");
@@ -192,7 +252,7 @@ impl World {
         }
     }
 
-    fn answer(&mut self, options: &Options, action: Action) -> Event {
+    pub(super) fn answer(&mut self, options: &Options, action: Action) -> Event {
         match action {
             Action::AskOutputs { drv, verify } => {
                 self.looked += 1;
@@ -220,6 +280,8 @@ impl World {
                     missing_sources: found.sources.iter().filter(|s| !self.valid.contains(*s)).cloned().collect(),
                     allow_substitutes: found.allow_substitutes,
                     unsupported: (!found.supported).then(|| "another system".into()),
+                    needs: Some(Needs { system: found.system.to_owned(), ..Needs::default() }.into()),
+                    prefers_local: found.prefers_local,
                     resolves: found.becomes.is_some(),
                 };
                 Event::Inputs { drv, answer: Ok(facts) }
@@ -278,8 +340,14 @@ impl World {
                 Event::Fetched { path, fetched }
             }
             Action::Build { drv, wanted, mode } => {
+                self.building -= 1;
+                self.busy.clear();
                 let built = self.build(options, &drv, &wanted, mode);
                 Event::Built { drv, built }
+            }
+            Action::Delegate { drv, wanted, willing } => {
+                let answer = self.delegate(options, &drv, &wanted, willing);
+                Event::Delegated { drv, answer }
             }
             other => panic!("{other:?} has no answer"),
         }
@@ -307,7 +375,6 @@ impl World {
     }
 
     fn build(&mut self, options: &Options, path: &StorePath, wanted: &Wanted, mode: Mode) -> Built {
-        self.building -= 1;
         let drv = self.drvs.get_mut(path).expect("it exists");
         for own in drv.outputs.values() {
             self.making.remove(own);
@@ -343,6 +410,59 @@ impl World {
     }
 }
 
+impl World {
+    fn delegate(&mut self, options: &Options, path: &StorePath, wanted: &Wanted, willing: bool) -> Delegated {
+        if self.elsewhere.remove(path) {
+            self.busy.clear();
+            let built = self.build(options, path, wanted, Mode::Normal);
+            if matches!(built, Built::Valid { .. }) {
+                self.built_elsewhere.push(path.clone());
+            }
+            return Delegated::Ended(built);
+        }
+        assert_eq!(self.offered.take().map(|(offered, _)| offered).as_ref(), Some(path));
+        let drv = self.drvs.get_mut(path).expect("it exists");
+        let mut answer = drv.answers.pop_front().unwrap_or(Answer::Sensible);
+        if answer == Answer::Sensible && self.elsewhere.len() >= self.room_elsewhere {
+            answer = if willing { Answer::Decline } else { Answer::Postpone };
+            if self.room_elsewhere == 0 {
+                answer = Answer::Decline;
+            }
+        }
+        let (own, system): (Vec<StorePath>, _) = (drv.outputs.values().cloned().collect(), drv.system);
+        if answer == Answer::Sensible {
+            self.elsewhere.insert(path.clone());
+            return Delegated::Accepted;
+        }
+        for path in own {
+            self.making.remove(&path);
+        }
+        match answer {
+            Answer::Decline => {
+                self.declined.insert(path.clone());
+                Delegated::Declined
+            }
+            Answer::DeclineForever => {
+                self.declined_forever = true;
+                Delegated::DeclinedForever
+            }
+            Answer::Postpone => {
+                self.busy.insert(system);
+                Delegated::Postponed
+            }
+            Answer::Locked => {
+                self.busy.clear();
+                Delegated::Ended(Built::Locked("lock".into()))
+            }
+            Answer::Fails | Answer::Sensible => {
+                self.busy.clear();
+                self.failed = true;
+                Delegated::Ended(Built::Failed(failure(FailureKind::Misc)))
+            }
+        }
+    }
+}
+
 pub(super) fn options() -> Options {
     Options {
         mode: Mode::Normal,
@@ -351,6 +471,7 @@ pub(super) fn options() -> Options {
         fallback: false,
         keep_going: false,
         max_jobs: 1,
+        delegates: false,
         max_fetches: 1,
         read_only: false,
     }
@@ -369,6 +490,9 @@ pub(super) fn drv(number: usize, name_text: &str, outputs: &[&str], inputs: &[(&
         allow_substitutes: true,
         supported: true,
         turns: VecDeque::new(),
+        answers: VecDeque::new(),
+        prefers_local: false,
+        system: "here",
         registers_all: true,
         becomes: None,
     }
