@@ -38,7 +38,7 @@ What has the given hash already is not downloaded.
 
   --type ALGO       md5, sha1, sha256 (the default) or sha512
   --print-path      print the store path too (also PRINT_PATH=1)
-  --unpack          add what is in the archive (zip, or tar; xz, gzip, bzip2 or zstd)
+  --unpack          add what is in the archive (zip, or tar, compressed or not)
   --executable      make the file executable
   --name NAME       name of the store path, instead of the file's own
   --version         print the version
