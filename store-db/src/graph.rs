@@ -8,6 +8,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::collections::hash_map::Entry;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::OnceLock;
 
 use larder_core::hash_part::HashPart;
@@ -590,14 +591,24 @@ pub fn closure_of(r: &ReadTxn, roots: &[StorePath], walk: Walk) -> Result<Graph,
 #[derive(Default)]
 struct Numbers {
     keys: Vec<[u8; 20]>,
-    of: FxHashMap<[u8; 20], u32>,
+    of: FxHashMap<Key, u32>,
+}
+
+/// A key that is told from others by its first bytes, nearly always: they are those of a digest.
+#[derive(PartialEq, Eq)]
+struct Key([u8; 20]);
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(leading(&self.0));
+    }
 }
 
 impl Numbers {
     /// The number of a key; is it new?
     fn number(&mut self, key: &[u8; 20]) -> Result<(u32, bool), DbError> {
         let next = u32::try_from(self.keys.len()).map_err(|_| DbError::TooLarge { limit: NONE })?;
-        Ok(match self.of.entry(*key) {
+        Ok(match self.of.entry(Key(*key)) {
             Entry::Occupied(known) => (*known.get(), false),
             Entry::Vacant(free) => {
                 free.insert(next);

@@ -1,5 +1,6 @@
 //! `nix-store --query`. Source: cli, sections 5.2 and 6.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
@@ -112,9 +113,9 @@ impl Asked<'_> {
                 let roots = self.meant(paths)?;
                 let mut snapshot = Snapshot::of(store, &roots)?;
                 if self.query.kind == QueryKind::Graph {
-                    graphs::print_dot(roots, &mut snapshot, &mut self.out)?;
+                    graphs::print_dot(roots.into_owned(), &mut snapshot, &mut self.out)?;
                 } else {
-                    graphs::print_graphml(roots, &mut snapshot, &mut self.out)?;
+                    graphs::print_graphml(roots.into_owned(), &mut snapshot, &mut self.out)?;
                 }
             }
             QueryKind::Resolve => {
@@ -133,9 +134,9 @@ impl Asked<'_> {
 
     /// What the arguments mean: with `--use-output` the outputs of derivations; with
     /// `--force-realise` they must be there.
-    fn meant(&self, paths: &[StorePath]) -> Result<Vec<StorePath>, Failure> {
+    fn meant<'p>(&self, paths: &'p [StorePath]) -> Result<Cow<'p, [StorePath]>, Failure> {
         if !self.query.use_output && !self.query.force_realise {
-            return Ok(paths.to_vec());
+            return Ok(paths.into());
         }
         let mut all = Vec::new();
         for path in paths {
@@ -146,7 +147,7 @@ impl Asked<'_> {
                 all.push(path.clone());
             }
         }
-        Ok(all)
+        Ok(all.into())
     }
 
     /// The outputs of a derivation, ascending; anything else stands for itself.
