@@ -29,6 +29,9 @@ const SWITCH_RATIO: u64 = if cfg!(test) { 2 } else { 8 };
 /// The same where references alone are followed, which takes fewer lookups.
 const SWEEP_RATIO: u64 = 2;
 
+/// Paths for which there is room from the beginning, at most.
+const MOST_RESERVED: usize = 1 << 20;
+
 /// A path of a [`Graph`]: a number below [`Graph::len`], in the order of the base names.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Node(u32);
@@ -280,7 +283,8 @@ impl Graph {
         r: &ReadTxn,
         mut each: impl FnMut(RecordView<'_>) -> Result<(), E>,
     ) -> Result<Self, E> {
-        let count = usize::try_from(r.count()?).unwrap_or(usize::MAX);
+        // A damaged ledger may say anything: it decides how much is reserved, up to a limit.
+        let count = usize::try_from(r.count()?).unwrap_or(usize::MAX).min(MOST_RESERVED);
         let mut names = Names::with_capacity(count);
         let mut owners = Vec::new();
         r.for_each(|view| {
@@ -301,7 +305,7 @@ impl Graph {
     /// The references of all; `owners` have some. They lie in the order of the nodes.
     fn load_references(&self, r: &ReadTxn, owners: &[u32]) -> Result<Lists, DbError> {
         let mut lists = Lists::with_capacity(self.len());
-        lists.nodes.reserve_exact(r.reference_count()?);
+        lists.nodes.reserve_exact(r.reference_count()?.min(self.len().saturating_mul(16)));
         let mut rows = r.references_table()?.iter()?;
         for owner in owners {
             let row = rows.next().transpose()?;

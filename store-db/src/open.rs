@@ -448,8 +448,10 @@ impl StoreDb {
     fn database(&self, error: DatabaseError) -> DbError {
         let path = self.path.clone();
         match error {
-            // What redb says of a file that does not begin as its files do.
-            DatabaseError::Storage(StorageError::Io(source)) if source.kind() == io::ErrorKind::InvalidData => {
+            // What redb says of a file that does not begin as its files do, or ends too early.
+            DatabaseError::Storage(StorageError::Io(source))
+                if matches!(source.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) =>
+            {
                 DbError::Corrupt { path, source: DatabaseError::Storage(StorageError::Io(source)) }
             }
             DatabaseError::Storage(StorageError::Io(source)) => self.io("open", source),
