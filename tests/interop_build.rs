@@ -209,7 +209,12 @@ fn the_same_is_made() {
     assert!(wanted.matches(".drv\n").count() > 120, "{}", wanted.len());
     empty(&house);
     assert!(output(house.applet("nix-store").arg("--import"), &export).status.success());
-    let ours = run(house.applet("nix-store").args(words(&drvs, line)), b"");
+    let mut ours = run(house.applet("nix-store").args(words(&drvs, line)), b"");
+    // Under load the one builder that is bash is killed now and then, and by whom is not known.
+    if ours.stderr.contains("failed due to signal 9") {
+        println!("a builder was killed: once more\n{}", ours.stderr);
+        ours = run(house.applet("nix-store").args(words(&drvs, line)), b"");
+    }
     assert_eq!((ours.stdout.as_str(), ours.status), (real.stdout.as_str(), Some(0)), "{ours:?}");
     let found = dump("ours");
     for (wanted, found) in wanted.lines().zip(found.lines()) {
