@@ -17,6 +17,8 @@ use crate::lock_file::{LockFile, Sharing, Wait};
 pub struct GcLock {
     file: LockFile,
     sharing: Sharing,
+    /// There was a mark of somebody who was killed: it stays for those who can settle the ledger.
+    found_mark: bool,
 }
 
 impl GcLock {
@@ -29,11 +31,12 @@ impl GcLock {
         if !file.lock(sharing, &mut wait)? {
             return Ok(None);
         }
+        let found_mark = file.is_marked()?;
         if sharing == Sharing::Exclusive {
             // On a disk that is full there is no room for a mark, and a collector is wanted all the more.
             let _ = file.mark(true);
         }
-        Ok(Some(Self { file, sharing }))
+        Ok(Some(Self { file, sharing, found_mark }))
     }
 
     pub const fn sharing(&self) -> Sharing {
@@ -47,7 +50,7 @@ impl GcLock {
 
 impl Drop for GcLock {
     fn drop(&mut self) {
-        if self.sharing == Sharing::Exclusive {
+        if self.sharing == Sharing::Exclusive && !self.found_mark {
             let _ = self.file.mark(false);
         }
     }
