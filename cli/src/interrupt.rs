@@ -129,6 +129,11 @@ impl Interrupt {
         Hold(self)
     }
 
+    /// The first signal never cuts this process off: it ends by itself, with a status of its own.
+    pub fn hold_for_good(&self) {
+        std::mem::forget(self.hold());
+    }
+
     /// Leaves Ctrl-C to a program in the foreground (a pager), or takes it back.
     pub fn lend(&self, lent: bool) {
         self.0.lent.store(lent, Ordering::SeqCst);

@@ -158,7 +158,8 @@ impl Daemon {
         }
         let interrupt = &self.interrupt;
         interrupt.count_hangups();
-        let _hold = interrupt.hold();
+        // What is left to do after the drain, such as closing the ledger, may take its time as well.
+        interrupt.hold_for_good();
         notify(env, "READY=1");
         let mut hangups = 0;
         let mut roused: Option<Instant> = None;
