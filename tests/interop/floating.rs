@@ -6,7 +6,7 @@ use std::process::Command;
 
 use super::building::records;
 use super::has_nix;
-use crate::house::{House, Run, run};
+use crate::house::{House, Run, built_by_real, run};
 
 const FEATURES: &str = "experimental-features = ca-derivations impure-derivations nix-command";
 
@@ -145,7 +145,7 @@ fn same_floating(sandbox: bool) {
     let scene = Scene::new(sandbox, FEATURES);
     let (drvs, export) = scene.instantiate(FLOATING);
     let all: Vec<String> = drvs.values().cloned().collect();
-    let realised = run(scene.real("nix-store").args(["-r", "-k"]).args(&all), b"");
+    let realised = built_by_real(|| run(scene.real("nix-store").args(["-r", "-k"]).args(&all), b""));
     assert_eq!(realised.status, Some(0), "{}", realised.stderr);
     let theirs = run(scene.real("nix-store").arg("--dump-db"), b"").stdout;
     let their_addresses = run(scene.real("nix").args(["path-info", "--all", "--json"]), b"").stdout;
