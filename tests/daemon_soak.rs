@@ -37,6 +37,14 @@ fn rss_kib(pid: u32) -> u64 {
 
 const CLIENTS: u64 = 32;
 
+fn build_first(house: &House, daemon: &Daemon) {
+    let (client, _, line) = connect(house, daemon, 38);
+    let drv = shell(client.dir(), "first", "echo > $out");
+    let built = client.build_derivation(&drv.path(client.dir()).unwrap(), &drv, BuildMode::Normal).unwrap();
+    assert!(built.status.is_success(), "{built:?}");
+    drop(line);
+}
+
 #[test]
 fn many_clients_beside_a_collector() {
     // It takes trusted clients.
@@ -48,6 +56,8 @@ fn many_clients_beside_a_collector() {
     // The ledger stays open from the first question on.
     house.write("f", "x");
     assert_eq!(house.words("nix-store", "--add f --store daemon").status, Some(0));
+    // So does the line to the process from which launchers are forked, from the first build on.
+    build_first(&house, &daemon);
     let pid = daemon.child.id();
     let mut files_before = Vec::new();
     wait_for("nobody is connected", || {

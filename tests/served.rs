@@ -285,7 +285,11 @@ pub fn children(pid: u32) -> usize {
         for task in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
             let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
             let more: Vec<u32> = text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
-            found += more.len();
+            // From which launchers are forked: it stays.
+            let is_zygote = |pid: &&u32| {
+                std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "larder-zygote\n")
+            };
+            found += more.len() - more.iter().filter(is_zygote).count();
             left.extend(more);
         }
     }

@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use larder_core::derivation::Derivation;
 use larder_core::report::{Level, Reporter};
 use larder_core::store_path::StorePath;
+use larder_sandbox::launch::Launcher;
 use larder_store::LocalStore;
 
 use crate::build::{self, BuildSettings};
@@ -36,6 +37,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The builds of a process.
 #[derive(Debug, Default)]
 pub struct SharedBuilds {
+    /// How builders are started; all of a process have one parent.
+    pub launcher: Launcher,
     running: Mutex<HashMap<StorePath, Arc<Shared>>>,
     /// How many threads there are; builds that nobody wants any more among them.
     threads: Mutex<usize>,

@@ -29,6 +29,7 @@ use crate::report::{During, Report, SetupError, Step, tell_failure};
 use crate::root;
 use crate::support;
 use crate::sys::{self, Forked, Words};
+use crate::zygote;
 
 /// `uname` speaks of a 32-bit machine.
 const PER_LINUX32: libc::c_int = 8;
@@ -62,6 +63,11 @@ pub fn launcher_main() -> ! {
         sys::write_log(b"error: this is how builders are started, and no command\n");
         sys::exit(1)
     };
+    launcher(control, job)
+}
+
+/// A process with one thread takes these over, and does its job.
+pub(crate) fn launcher(control: OwnedFd, job: OwnedFd) -> ! {
     let told = control.try_clone();
     std::panic::set_hook(Box::new(move |panic| {
         if let Ok(told) = &told {
@@ -83,6 +89,7 @@ pub fn launcher_main() -> ! {
             drop(report.send(control.as_fd()));
             sys::exit(0)
         }
+        Job::Zygote => zygote::zygote(control),
         Job::Probe => {
             drop(Report::Support(Box::new(support::try_all())).send(control.as_fd()));
             sys::exit(0)
@@ -167,8 +174,8 @@ fn follow_plain(builder: Pid, signals: &OwnedFd, control: &OwnedFd) -> ! {
     sys::exit(0)
 }
 
-/// Waits for either; is it the first, which can only mean its end?
-fn wait_readable(control: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
+/// Waits for either; is it the first? For a launcher that can only mean its end.
+pub(crate) fn wait_readable(control: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(&control, PollFlags::IN), PollFd::new(&other, PollFlags::IN)];
     loop {
         match poll(&mut fds, None) {

@@ -1,17 +1,16 @@
 //! Starting a builder, and following it to its end.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
+use rustix::net::Shutdown;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::OpenptFlags;
 use rustix::termios::OptionalActions;
@@ -19,7 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::plan::{Isolation, Plan, PlanError};
 use crate::report::{Report, SetupError};
-use crate::sys::{self, Words};
+use crate::sys;
+use crate::zygote::{Nest, Zygote, execute};
 
 /// First argument of the program when it is to be a launcher.
 pub const LAUNCHER_WORD: &str = "__sandbox";
@@ -27,18 +27,32 @@ pub const LAUNCHER_WORD: &str = "__sandbox";
 /// What traces of a [`LaunchError`] say that it happened in.
 pub const SETUP_TRACE: &str = "while setting up the build environment";
 
-/// How the program is executed anew.
+/// How the program is executed anew. Clones share the process from which launchers are forked,
+/// which lives as long as the last of them.
 #[derive(Debug, Clone)]
 pub struct Launcher {
     pub program: PathBuf,
     /// Its first argument, on which it must call [`crate::enter::launcher_main`].
     pub word: String,
+    nest: Nest,
 }
 
 impl Default for Launcher {
     /// The program that is running, even if its file was replaced meanwhile.
     fn default() -> Self {
-        Self { program: "/proc/self/exe".into(), word: LAUNCHER_WORD.into() }
+        Self::new("/proc/self/exe")
+    }
+}
+
+impl Launcher {
+    /// This program, with [`LAUNCHER_WORD`].
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        Self { program: program.into(), word: LAUNCHER_WORD.into(), nest: Nest::default() }
+    }
+
+    pub(crate) fn not_executed(&self, errno: [u8; 4]) -> LaunchError {
+        let source = io::Error::from_raw_os_error(i32::from_le_bytes(errno));
+        LaunchError::Spawn { program: self.program.clone(), source }
     }
 }
 
@@ -46,6 +60,8 @@ impl Default for Launcher {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Job {
     Build(Box<Plan>),
+    /// Fork launchers.
+    Zygote,
     /// Kill all processes of a user.
     KillUser(u32),
     /// Try what the kernel allows.
@@ -68,8 +84,8 @@ pub enum LaunchError {
     Job(#[source] io::Error),
     #[error("cannot follow the launcher")]
     Follow(#[source] io::Error),
-    #[error("the launcher ended early ({ended}); was it killed?")]
-    Lost { ended: Ended },
+    #[error("the launcher ended early; was it killed?")]
+    Lost,
     #[error("refusing to kill all processes of root")]
     KillRoot,
 }
@@ -124,7 +140,8 @@ pub fn launch(plan: &Plan, launcher: &Launcher) -> Result<Child, LaunchError> {
         return Err(PlanError::Root.into());
     }
     let (master, slave) = open_terminal(plan).map_err(LaunchError::Terminal)?;
-    let mut running = Running::start(&Job::Build(Box::new(plan.clone())), launcher, slave.as_fd())?;
+    let job = job_file(&Job::Build(Box::new(plan.clone()))).map_err(LaunchError::Job)?;
+    let mut running = Running::fork(job.as_fd(), launcher, slave.as_fd())?;
     drop(slave);
     match running.receive(launcher)? {
         Report::Ready => Ok(Child { log: Log(File::from(master)), running, ended: None }),
@@ -138,17 +155,19 @@ pub fn kill_user(uid: u32, launcher: &Launcher) -> Result<(), LaunchError> {
     if uid == 0 {
         return Err(LaunchError::KillRoot);
     }
-    match ask(&Job::KillUser(uid), launcher)? {
+    let null = open_null().map_err(LaunchError::Job)?;
+    let job = job_file(&Job::KillUser(uid)).map_err(LaunchError::Job)?;
+    match Running::fork(job.as_fd(), launcher, null.as_fd())?.receive(launcher)? {
         Report::Killed => Ok(()),
         Report::Failed(error) => Err(LaunchError::Setup(error)),
         report => Err(unexpected(&report)),
     }
 }
 
-/// Runs a launcher that only answers.
+/// Has a launcher executed that only answers.
 pub(crate) fn ask(job: &Job, launcher: &Launcher) -> Result<Report, LaunchError> {
     let null = open_null().map_err(LaunchError::Job)?;
-    Running::start(job, launcher, null.as_fd())?.receive(launcher)
+    Running::execute(job, launcher, null.as_fd())?.receive(launcher)
 }
 
 pub(crate) fn unexpected(report: &Report) -> LaunchError {
@@ -259,41 +278,55 @@ struct Running {
     pid: Pid,
     pidfd: OwnedFd,
     control: OwnedFd,
+    /// Of which it was forked, and which lives as long; or it is our own child, to be reaped by us.
+    parent: Option<Arc<Zygote>>,
     is_reaped: bool,
 }
 
 impl Running {
-    fn start(job: &Job, launcher: &Launcher, output: BorrowedFd<'_>) -> Result<Self, LaunchError> {
-        let job = job_file(job).map_err(LaunchError::Job)?;
-        let null = open_null().map_err(LaunchError::Job)?;
-        let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
-        let (control, theirs) = pair.map_err(|e| LaunchError::Job(e.into()))?;
-        let argv = Words::new([OsStr::new("larder").as_bytes(), launcher.word.as_bytes()]);
-        let fds = [null.as_fd(), output, output, theirs.as_fd(), job.as_fd()];
-        let spawn = |source| LaunchError::Spawn { program: launcher.program.clone(), source };
-        let pid = sys::spawn(&launcher.program, &argv, fds).map_err(spawn)?;
+    /// Has a launcher executed.
+    fn execute(job: &Job, launcher: &Launcher, output: BorrowedFd<'_>) -> Result<Self, LaunchError> {
+        let (pid, control) = execute(job, launcher, output)?;
         // It is our child and not yet reaped, so that the number is still its own.
         match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(pidfd) => Ok(Self { pid, pidfd, control, is_reaped: false }),
+            Ok(pidfd) => Ok(Self { pid, pidfd, control, parent: None, is_reaped: false }),
             Err(e) => {
-                drop((control, theirs));
+                drop(control);
                 drop(sys::wait_for(pid));
                 Err(LaunchError::Follow(e.into()))
             }
         }
     }
 
+    /// Has a launcher forked.
+    fn fork(job: BorrowedFd<'_>, launcher: &Launcher, output: BorrowedFd<'_>) -> Result<Self, LaunchError> {
+        // A zygote that somebody has killed is followed by another; one more death is a fault.
+        for _ in 0..2 {
+            let zygote = launcher.nest.zygote(launcher)?;
+            if let Ok(control) = zygote.fork(job, output) {
+                match Report::receive_with(control.as_fd()).map_err(LaunchError::Follow)? {
+                    (Some(Report::Started(pid)), Some(pidfd)) => {
+                        let pid = Pid::from_raw(pid).ok_or(LaunchError::Lost)?;
+                        return Ok(Self { pid, pidfd, control, parent: Some(zygote), is_reaped: false });
+                    }
+                    (Some(Report::Failed(error)), _) => return Err(LaunchError::Setup(error)),
+                    (Some(report), _) => return Err(unexpected(&report)),
+                    (None, _) => {}
+                }
+            }
+            launcher.nest.forget(&zygote);
+        }
+        Err(LaunchError::Lost)
+    }
+
     /// The first report.
     fn receive(&mut self, launcher: &Launcher) -> Result<Report, LaunchError> {
         match Report::receive(self.control.as_fd()).map_err(LaunchError::Follow)? {
-            Some(Report::ExecFailed(errno)) => {
-                let source = io::Error::from_raw_os_error(i32::from_le_bytes(errno));
-                Err(LaunchError::Spawn { program: launcher.program.clone(), source })
-            }
+            Some(Report::ExecFailed(errno)) => Err(launcher.not_executed(errno)),
             Some(report) => Ok(report),
             None => {
-                let status = self.reap().map_err(LaunchError::Follow)?;
-                Err(LaunchError::Lost { ended: Ended::of_status(status) })
+                self.reap().map_err(LaunchError::Follow)?;
+                Err(LaunchError::Lost)
             }
         }
     }
@@ -314,10 +347,13 @@ impl Running {
         let _ = rustix::net::shutdown(&self.control, Shutdown::Write);
     }
 
-    fn reap(&mut self) -> io::Result<i32> {
+    fn reap(&mut self) -> io::Result<()> {
         self.stop();
         self.is_reaped = true;
-        sys::wait_for(self.pid)
+        if self.parent.is_none() {
+            return sys::wait_for(self.pid).map(drop);
+        }
+        wait_readable(self.pidfd.as_fd())
     }
 }
 
@@ -326,6 +362,17 @@ impl Drop for Running {
         if !self.is_reaped {
             // Nobody is left to be told.
             drop(self.reap());
+        }
+    }
+}
+
+/// Waits for something to read, or an end.
+fn wait_readable(fd: BorrowedFd<'_>) -> io::Result<()> {
+    loop {
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], None) {
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
         }
     }
 }
@@ -345,7 +392,7 @@ fn readable(fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
 }
 
 /// A memory file with the job in it; it is no program's business, and never on a disk.
-fn job_file(job: &Job) -> io::Result<OwnedFd> {
+pub(crate) fn job_file(job: &Job) -> io::Result<OwnedFd> {
     let bytes = postcard::to_stdvec(job).map_err(io::Error::other)?;
     let file = rustix::fs::memfd_create("larder-plan", MemfdFlags::CLOEXEC)?;
     let mut rest = bytes.as_slice();
@@ -358,7 +405,7 @@ fn job_file(job: &Job) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-fn open_null() -> io::Result<OwnedFd> {
+pub(crate) fn open_null() -> io::Result<OwnedFd> {
     Ok(rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
 }
 

@@ -1,7 +1,8 @@
 //! Runs one builder from a [`plan::Plan`], in a sandbox or without.
 //!
-//! The way of a build: [`launch::launch`] executes the program anew as a *launcher*, a process
-//! with one thread that reads the plan from a memory file ([`enter`]). The launcher forks the
+//! The way of a build: the program is executed anew, once, as a process with one thread, the
+//! *zygote*; for each build [`launch::launch`] has it fork a *launcher*, which reads the plan from a
+//! memory file ([`enter`]). The launcher forks the
 //! *reaper*, which is process 1 of the sandbox and sets it up; the reaper forks the *builder*.
 //! What comes of it goes back over one socket ([`report`]); what the builder writes goes to a
 //! pseudo-terminal.
@@ -26,3 +27,4 @@ mod ids;
 mod kill;
 mod root;
 mod sys;
+mod zygote;

@@ -4,13 +4,14 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::support::Support;
 use crate::sys;
+use crate::zygote;
 
 /// Longest message; ours are far below.
 const MESSAGE_BYTES: usize = 64 * 1024;
@@ -33,6 +34,8 @@ pub(crate) enum Report {
     Support(Box<Support>),
     /// Nothing of that user is left.
     Killed,
+    /// A launcher was forked: its process id, and with it, as a descriptor, a handle on it.
+    Started(i32),
 }
 
 /// The bytes of [`Report::ExecFailed`].
@@ -47,11 +50,27 @@ impl Report {
         sys::send(to, &bytes)
     }
 
+    /// With a descriptor.
+    pub(crate) fn send_with(&self, to: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let bytes = postcard::to_stdvec(self).map_err(io::Error::other)?;
+        zygote::send_with(to, &bytes, &[fd])
+    }
+
     /// Waits for the next message; `None`: nobody is left who could send one.
     pub(crate) fn receive(from: BorrowedFd<'_>) -> io::Result<Option<Self>> {
         let mut bytes = vec![0; MESSAGE_BYTES];
         let size = sys::receive(from, &mut bytes)?;
-        let bytes = bytes.get(..size).unwrap_or_default();
+        Self::read(bytes.get(..size).unwrap_or_default())
+    }
+
+    /// The same, with the descriptor that came with it, if one did.
+    pub(crate) fn receive_with(from: BorrowedFd<'_>) -> io::Result<(Option<Self>, Option<OwnedFd>)> {
+        let mut bytes = vec![0; MESSAGE_BYTES];
+        let (size, fds) = zygote::receive_with(from, &mut bytes)?;
+        Ok((Self::read(bytes.get(..size).unwrap_or_default())?, fds.into_iter().next()))
+    }
+
+    fn read(bytes: &[u8]) -> io::Result<Option<Self>> {
         if bytes.is_empty() {
             return Ok(None);
         }

@@ -397,9 +397,15 @@ pub(crate) fn wait_for(pid: Pid) -> io::Result<i32> {
 
 /// Standard output and error become copies of standard input, which is `/dev/null`.
 pub(crate) fn silence() -> io::Result<()> {
+    // SAFETY: it is open as long as the process lives.
+    print_to(unsafe { BorrowedFd::borrow_raw(0) })
+}
+
+/// Standard output and error become copies of this.
+pub(crate) fn print_to(fd: BorrowedFd<'_>) -> io::Result<()> {
     for to in [1, 2] {
-        // SAFETY: of the three only we know, and none is owned by a value.
-        check(unsafe { libc::dup2(0, to) })?;
+        // SAFETY: of the two only we know, and neither is owned by a value.
+        check(unsafe { libc::dup2(fd.as_raw_fd(), to) })?;
     }
     Ok(())
 }

@@ -20,7 +20,6 @@ use larder_realise::plan::{Stop, Target};
 use larder_realise::results::Times;
 use larder_realise::sharing::Sharing;
 use larder_realise::substitute::{Substituters, Substitution, Trust};
-use larder_sandbox::launch::Launcher;
 use larder_store::verify::Mender;
 
 use super::Engine;
@@ -54,7 +53,7 @@ impl Engine {
 
     fn drive(&self, targets: &[Target], mode: BuildMode, derivations: &Derivations<'_>, times: &Times) -> Report {
         let _hold = self.interrupt.hold();
-        let mut settings = BuildSettings::new(Arc::new(self.settings.clone()), Launcher::default());
+        let mut settings = BuildSettings::new(Arc::new(self.settings.clone()), self.builds.launcher.clone());
         settings.hides_log = self.hides_logs;
         let settings = Arc::new(settings);
         let builder = Sharing::new(&self.builds, &self.local, Arc::clone(&settings));

@@ -204,8 +204,7 @@ impl House {
         values.sandbox_paths =
             ["/bin?", "/lib?", "/lib32?", "/lib64?", "/usr?"].into_iter().map(str::to_owned).collect();
         change(&mut values);
-        let launcher =
-            Launcher { program: env!("CARGO_BIN_EXE_larder-realise-launcher").into(), ..Launcher::default() };
+        let launcher = Launcher::new(env!("CARGO_BIN_EXE_larder-realise-launcher"));
         let mut settings = BuildSettings::new(Arc::new(values), launcher);
         settings.temp_dir = at("tmp");
         settings.users = Users::from_files(at("passwd"), at("group"));

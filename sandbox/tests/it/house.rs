@@ -26,7 +26,7 @@ pub(crate) const LAUNCHER_VARIABLE: &str = "LARDER_SANDBOX_LAUNCHER";
 pub(crate) fn launcher() -> Launcher {
     let program = std::env::var_os(LAUNCHER_VARIABLE);
     let program = program.unwrap_or_else(|| env!("CARGO_BIN_EXE_larder-sandbox-launcher").into());
-    Launcher { program: program.into(), ..Launcher::default() }
+    Launcher::new(program)
 }
 
 /// Says so where a test cannot run.

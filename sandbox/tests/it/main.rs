@@ -16,3 +16,4 @@ mod house;
 mod outside;
 mod seeds;
 mod twice;
+mod zygote;
