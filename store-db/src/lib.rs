@@ -12,6 +12,7 @@ mod codec;
 mod damage;
 pub mod error;
 pub mod graph;
+mod kept;
 pub mod open;
 pub mod query;
 mod read_ahead;

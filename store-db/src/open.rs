@@ -14,7 +14,7 @@ use std::fs::{self, File, OpenOptions as FileOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use redb::{ConcurrencyMode, Database, DatabaseError, ReadOnlyDatabase, ReadableD
 
 use crate::damage::{self, guarded};
 use crate::error::DbError;
+use crate::kept::Kept;
 use crate::query::ReadTxn;
 use crate::read_ahead::ReadAhead;
 use crate::regions::SmallRegions;
@@ -63,6 +64,8 @@ pub struct OpenOptions {
     pub cache_bytes: usize,
     /// The same where it has only read so far.
     pub read_cache_bytes: usize,
+    /// Keep snapshots for a moment, for who answers many questions one upon the other.
+    pub keeps_snapshots: bool,
 }
 
 /// For who asks once. More is not faster: the kernel has the pages too, and the first
@@ -73,7 +76,7 @@ const READ_CACHE_BYTES: usize = 1 << 20;
 
 impl OpenOptions {
     pub const fn new(mode: Mode) -> Self {
-        Self { mode, cache_bytes: 24 << 20, read_cache_bytes: READ_CACHE_BYTES }
+        Self { mode, cache_bytes: 24 << 20, read_cache_bytes: READ_CACHE_BYTES, keeps_snapshots: false }
     }
 }
 
@@ -96,6 +99,8 @@ pub struct StoreDb {
     path: PathBuf,
     options: OpenOptions,
     schema: &'static Schema,
+    /// Of the handles below, so that it goes before them.
+    kept: OnceLock<Option<Kept>>,
     /// Opened by the first read.
     reader: Mutex<Option<Arc<ReadOnlyDatabase>>>,
     /// Opened by the first write and kept, as opening and closing costs more than a commit.
@@ -133,6 +138,7 @@ impl StoreDb {
             path: dir.join(FILE_NAME),
             options: options.clone(),
             schema,
+            kept: OnceLock::new(),
             reader: Mutex::default(),
             writer: Mutex::default(),
             #[cfg(test)]
@@ -160,6 +166,7 @@ impl StoreDb {
             path: PathBuf::from("disk"),
             options: OpenOptions::new(Mode::Existing),
             schema: &SCHEMA,
+            kept: OnceLock::new(),
             reader: Mutex::default(),
             writer: Mutex::default(),
             disk: Some(disk.clone()),
@@ -191,17 +198,41 @@ impl StoreDb {
     /// file grows with every commit of others.
     pub fn read<T, E: From<DbError>>(&self, f: impl FnOnce(&ReadTxn) -> Result<T, E>) -> Result<T, E> {
         self.guarded(|| {
-            let txn = self.begin_read()?;
-            f(&txn)
+            let Some(kept) = self.kept() else { return f(&self.begin_read()?) };
+            let (found, mut ticket) = kept.take();
+            let txn = if let Some(txn) = found {
+                txn
+            } else {
+                let txn = self.begin_read()?;
+                // Of a commit since then nobody knows on which side of it this one began.
+                ticket = ticket.filter(|ticket| kept.is_current(ticket));
+                txn
+            };
+            let value = f(&txn)?;
+            kept.put(txn, ticket.as_ref());
+            Ok(value)
         })
+    }
+
+    /// Where snapshots are kept between questions, if they are.
+    pub(crate) fn kept(&self) -> Option<&Kept> {
+        let open = || self.options.keeps_snapshots.then(|| Kept::open(&self.path).ok()).flatten();
+        self.kept.get_or_init(open).as_ref()
+    }
+
+    /// Lets go of snapshots, whose handle is given up.
+    fn forget_kept(&self) {
+        if let Some(Some(kept)) = self.kept.get() {
+            kept.forget();
+        }
     }
 
     /// Lets damage of the file end in an error.
     fn guarded<T, E: From<DbError>>(&self, f: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         guarded(&self.path, f, || {
+            self.forget_writer();
             let reader = lock(&self.reader).take();
             drop(reader);
-            self.forget_writer();
         })
     }
 
@@ -256,6 +287,7 @@ impl StoreDb {
     /// without it, as every commit is durable.
     pub fn close(self) -> Result<(), DbError> {
         self.guarded(|| {
+            self.forget_kept();
             let writer = lock(&self.writer).take().and_then(Arc::into_inner);
             writer.map_or(Ok(()), |db| db.close().map_err(|error| self.database(error)))
         })
@@ -266,8 +298,8 @@ impl StoreDb {
             Ok(txn) => txn,
             // An I/O error sticks to a handle; a new one tells whether it is still there.
             Err(DbError::Storage { source: redb::Error::Io(_) | redb::Error::PreviousIo }) => {
-                *lock(&self.reader) = None;
                 self.forget_writer();
+                *lock(&self.reader) = None;
                 self.snapshot()?
             }
             Err(error) => return Err(error),
@@ -392,6 +424,7 @@ impl StoreDb {
     }
 
     fn forget_writer(&self) {
+        self.forget_kept();
         *lock(&self.writer) = None;
     }
 
@@ -469,6 +502,7 @@ impl StoreDb {
 
 impl Drop for StoreDb {
     fn drop(&mut self) {
+        self.forget_kept();
         let Self { reader, writer, .. } = self;
         damage::drop_quietly((lock(reader).take(), lock(writer).take()));
     }

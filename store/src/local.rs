@@ -47,7 +47,8 @@ pub struct Options {
     pub gc_sync_file: Option<std::path::PathBuf>,
     /// Write objects to the disk before they are registered (setting `fsync-metadata`).
     pub sync: bool,
-    /// Keep pages of the ledger in memory, 8 MiB at most: for who answers many questions.
+    /// Keep pages of the ledger in memory, 8 MiB at most, and a snapshot of it for a moment: for who
+    /// answers many questions.
     pub keeps_pages: bool,
     /// Where the ledger is, if not in `db` of the state directory.
     pub db_dir: Option<std::path::PathBuf>,
@@ -85,7 +86,7 @@ impl Default for Options {
 /// Cheap to open for reading: nothing is made, locked for writing or synced until something
 /// is to be changed.
 pub struct LocalStore {
-    layout: Layout,
+    layout: Arc<Layout>,
     options: Options,
     reporter: Arc<dyn Reporter + Send + Sync>,
     users: Users,
@@ -132,6 +133,7 @@ impl LocalStore {
             let mut how = larder_store_db::OpenOptions::new(mode);
             if options.keeps_pages {
                 how.read_cache_bytes = 8 << 20;
+                how.keeps_snapshots = true;
             }
             StoreDb::open(&db_dir, &how)
         };
@@ -153,7 +155,7 @@ impl LocalStore {
             },
         };
         Ok(Self {
-            layout,
+            layout: Arc::new(layout),
             options,
             reporter,
             users,
@@ -172,7 +174,7 @@ impl LocalStore {
     #[must_use]
     pub fn session(&self, options: Options, reporter: Arc<dyn Reporter + Send + Sync>) -> Self {
         Self {
-            layout: self.layout.clone(),
+            layout: Arc::clone(&self.layout),
             options,
             reporter,
             users: self.users.clone(),
@@ -193,7 +195,7 @@ impl LocalStore {
 
     /// The temporary roots of this value.
     pub fn temp_roots(&self) -> &TempRoots {
-        self.temp_roots.get_or_init(|| TempRoots::new(self.layout.clone()))
+        self.temp_roots.get_or_init(|| TempRoots::new(Layout::clone(&self.layout)))
     }
 
     pub fn layout(&self) -> &Layout {

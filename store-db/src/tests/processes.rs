@@ -74,7 +74,8 @@ fn own(number: u32, turn: u32) -> StorePath {
 
 /// Registers, asks and invalidates in turn; nobody else touches its paths, so it knows the answers.
 fn mixed(dir: &Path, number: u32, end: Instant) {
-    let db = existing(dir);
+    let options = OpenOptions { keeps_snapshots: number % 2 == 1, ..OpenOptions::new(Mode::Existing) };
+    let db = StoreDb::open(dir, &options).unwrap();
     let hub = path(1, "hub");
     let reads_a_write = std::env::var("LARDER_TEST_READS").map_or(6, |n| n.parse().unwrap());
     let (mut writes, mut reads, mut turn) = (0u32, 0u32, 0);
