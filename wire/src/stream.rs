@@ -166,11 +166,18 @@ impl<R: BufRead> BareNar<R> {
     }
 
     pub fn skip(&mut self) -> io::Result<()> {
+        self.copy_to(&mut io::sink())
+    }
+
+    /// Writes what is left of it, in pieces as they come, without a buffer in between.
+    pub fn copy_to(&mut self, out: &mut dyn Write) -> io::Result<()> {
         loop {
-            let taken = self.fill_buf()?.len();
-            if taken == 0 {
+            let bytes = self.fill_buf()?;
+            if bytes.is_empty() {
                 return Ok(());
             }
+            out.write_all(bytes)?;
+            let taken = bytes.len();
             self.consume(taken);
         }
     }
@@ -225,26 +232,59 @@ impl<R: BufRead> BufRead for BareNar<R> {
 }
 
 /// Writes frames; [`FramedWriter::finish`] writes the last, empty one.
+///
+/// Each goes out in one write, its length and its bytes.
 pub struct FramedWriter<'a> {
     out: &'a mut dyn Write,
+    /// Room for a length, and bytes of the next frame behind it.
     buffer: Vec<u8>,
+    /// How much of that there is, the length included.
+    used: usize,
 }
 
 /// Size of the frames that are written, in bytes.
 const FRAME: usize = 64 << 10;
 
+/// Size of their length.
+const HEAD: usize = 8;
+
 impl<'a> FramedWriter<'a> {
     pub fn new(out: &'a mut dyn Write) -> Self {
-        Self { out, buffer: Vec::with_capacity(FRAME) }
+        Self { out, buffer: vec![0; HEAD + FRAME], used: HEAD }
+    }
+
+    /// Where more of the frame goes.
+    fn room(&mut self) -> &mut [u8] {
+        self.buffer.get_mut(self.used..).unwrap_or_default()
+    }
+
+    /// So many bytes have been put there.
+    fn filled(&mut self, n: usize) -> io::Result<()> {
+        self.used += n;
+        if self.used == self.buffer.len() { self.frame() } else { Ok(()) }
     }
 
     fn frame(&mut self) -> io::Result<()> {
-        if !self.buffer.is_empty() {
-            self.out.write_all(&(self.buffer.len() as u64).to_le_bytes())?;
-            self.out.write_all(&self.buffer)?;
-            self.buffer.clear();
+        let used = std::mem::replace(&mut self.used, HEAD);
+        if used == HEAD {
+            return Ok(());
         }
-        Ok(())
+        if let Some(head) = self.buffer.first_chunk_mut::<HEAD>() {
+            *head = ((used - HEAD) as u64).to_le_bytes();
+        }
+        self.out.write_all(self.buffer.get(..used).unwrap_or_default())
+    }
+
+    /// Reads a source to its end, straight into frames.
+    pub fn copy_from(&mut self, source: &mut dyn Read) -> io::Result<()> {
+        loop {
+            match source.read(self.room()) {
+                Ok(0) => return Ok(()),
+                Ok(n) => self.filled(n)?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     pub fn finish(mut self) -> io::Result<()> {
@@ -256,11 +296,10 @@ impl<'a> FramedWriter<'a> {
 
 impl Write for FramedWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let n = bytes.len().min(FRAME - self.buffer.len());
-        self.buffer.extend_from_slice(bytes.split_at(n).0);
-        if self.buffer.len() == FRAME {
-            self.frame()?;
-        }
+        let room = self.room();
+        let n = bytes.len().min(room.len());
+        room.split_at_mut(n).0.copy_from_slice(bytes.split_at(n).0);
+        self.filled(n)?;
         Ok(n)
     }
 
@@ -284,11 +323,16 @@ mod tests {
             after in prop::collection::vec(any::<u8>(), 0..20),
             cut in 1usize..50,
             skipped in any::<bool>(),
+            copied in any::<bool>(),
         ) {
             let mut wire = Vec::new();
             let mut writer = FramedWriter::new(&mut wire);
             for piece in &pieces {
-                writer.write_all(piece).unwrap();
+                if copied {
+                    writer.copy_from(&mut BufReader::with_capacity(cut, &piece[..])).unwrap();
+                } else {
+                    writer.write_all(piece).unwrap();
+                }
                 writer.flush().unwrap();
             }
             writer.finish().unwrap();
@@ -313,19 +357,40 @@ mod tests {
             tree in larder_core::arb::nar::tree(),
             after in prop::collection::vec(any::<u8>(), 0..20),
             cut in 1usize..50,
+            copied in any::<bool>(),
         ) {
             let nar = tree.to_nar();
             let wire = [&nar[..], &after].concat();
             let mut input = BufReader::with_capacity(cut, &wire[..]);
             let mut bare = BareNar::new(&mut input);
             let mut read = Vec::new();
-            bare.read_to_end(&mut read).unwrap();
+            if copied {
+                bare.copy_to(&mut read).unwrap();
+            } else {
+                bare.read_to_end(&mut read).unwrap();
+            }
             prop_assert!(!bare.has_failed());
             prop_assert_eq!(read, nar);
             let mut rest = Vec::new();
             input.read_to_end(&mut rest).unwrap();
             prop_assert_eq!(rest, after);
         }
+    }
+
+    /// More than a frame is cut into whole frames and a rest.
+    #[test]
+    fn long_contents_fill_their_frames() {
+        let contents: Vec<u8> = (0..FRAME + 5).map(|n| n.to_le_bytes()[0]).collect();
+        let mut wire = Vec::new();
+        let mut writer = FramedWriter::new(&mut wire);
+        writer.copy_from(&mut BufReader::with_capacity(1000, &contents[..])).unwrap();
+        writer.finish().unwrap();
+        let length = |at: usize| u64::from_le_bytes(*wire[at..].first_chunk().unwrap());
+        assert_eq!((length(0), length(HEAD + FRAME)), (FRAME as u64, 5));
+        assert_eq!(wire.len(), HEAD + FRAME + HEAD + 5 + HEAD);
+        let mut read = Vec::new();
+        Framed::new(&mut &wire[..]).read_to_end(&mut read).unwrap();
+        assert!(read == contents);
     }
 
     #[test]

@@ -243,8 +243,7 @@ impl ReadStore for Client {
     }
     fn nar(&self, path: &StorePath, out: &mut dyn Write) -> Result<(), StoreError> {
         self.call_with(&ops::DumpStorePath { path: path.clone() }, None, |(), input| {
-            io::copy(&mut BareNar::new(input), out)?;
-            Ok(())
+            Ok(BareNar::new(input).copy_to(out)?)
         })
     }
 }

@@ -286,7 +286,7 @@ impl Client {
     fn call_framed<O: Operation>(&self, operation: &O, source: &mut dyn Read) -> Result<O::Reply, StoreError> {
         let mut send = |out: &mut dyn Write| {
             let mut framed = FramedWriter::new(out);
-            io::copy(source, &mut framed)?;
+            framed.copy_from(source)?;
             framed.finish()
         };
         self.call_with(operation, Some(&mut send), |reply, _| Ok(reply))
@@ -374,8 +374,7 @@ impl ReadStore for Client {
     }
     fn nar(&self, path: &StorePath, out: &mut dyn Write) -> Result<(), StoreError> {
         self.call_with(&ops::NarFromPath { path: path.clone() }, None, |(), input| {
-            io::copy(&mut BareNar::new(input), out)?;
-            Ok(())
+            Ok(BareNar::new(input).copy_to(out)?)
         })
     }
 }
