@@ -40,7 +40,7 @@ use crate::interrupt::Interrupt;
 #[derive(Debug)]
 pub struct Engine {
     pub local: LocalStore,
-    pub settings: Settings,
+    pub settings: Arc<Settings>,
     /// What other clients of this process build as well.
     pub builds: Arc<SharedBuilds>,
     /// The client does not show logs as they come, so that failures show the end of it.

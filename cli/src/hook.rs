@@ -362,7 +362,7 @@ impl Desk<'_> {
         let held_locks: HeldLocks = drv.output_paths().filter_map(|(_, path)| path).map(real).collect();
         local.set_options(Options { held_locks, ..local.options().clone() });
         let (builds, interrupt) = (Arc::default(), self.interrupt.clone());
-        let (settings, env) = (self.settings.clone(), Arc::clone(&self.env));
+        let (settings, env) = (Arc::new(self.settings.clone()), Arc::clone(&self.env));
         let engine = Engine { local, settings, builds, hides_logs: false, interrupt, env };
         Ok((Near::Ours(Box::new(engine)), drv))
     }

@@ -40,7 +40,7 @@ impl End {
         match choose(&settings.store, &cx.env, facts)? {
             StoreChoice::Local(_) => {
                 let local = open(cx, &settings, access)?;
-                let (builds, interrupt) = (Arc::default(), cx.interrupt.clone());
+                let (builds, interrupt, settings) = (Arc::default(), cx.interrupt.clone(), Arc::new(settings));
                 let env = Arc::new(cx.env.clone());
                 Ok(Self::Here(Box::new(Engine { local, settings, builds, hides_logs: false, interrupt, env })))
             }

@@ -2,6 +2,7 @@
 //!
 //! Everything about the protocol is in `larder-wire`; here are sockets, users and signals.
 
+mod crew;
 mod notify;
 pub mod overlay;
 pub mod peer;
@@ -14,8 +15,6 @@ use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
-
-use crossbeam_channel::{Receiver, Sender};
 
 use larder_core::api::{Store, StoreError};
 use larder_core::report::{Level, Reporter as _};
@@ -30,8 +29,9 @@ use larder_wire::worker::tunnel::Tunnel;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::sockopt::socket_peercred;
 
+use self::crew::Crew;
 use self::notify::notify;
-use self::overlay::overlay;
+use self::overlay::Overlays;
 use self::peer::{Peer, Trust};
 use self::socket::{Listener, Reader, Shared, SocketLine, StdioLine, StdoutWriter, Writer};
 use crate::applets::NIX_VERSION;
@@ -55,12 +55,6 @@ const READ_BUFFER: usize = 8 << 10;
 const DRAIN: Duration = Duration::from_secs(30);
 pub const LAST_GRACE: Duration = Duration::from_secs(5);
 
-/// The serving of one client.
-type Work = Box<dyn FnOnce() + Send>;
-
-/// How long a thread waits for another client before it ends.
-const IDLE: Duration = Duration::from_secs(2);
-
 /// How settings become options of the local store.
 pub type StoreOptions = Box<dyn Fn(&Settings) -> Options + Send + Sync>;
 
@@ -75,15 +69,17 @@ pub struct Daemon {
     pub interrupt: Interrupt,
     env: Arc<Env>,
     builds: Arc<SharedBuilds>,
+    overlays: Overlays,
     connections: Mutex<Connections>,
     changed: Condvar,
-    /// To threads that wait for work, and none else: there is no room in it.
-    idle: (Sender<Work>, Receiver<Work>),
+    crew: Crew,
 }
 
 #[derive(Default)]
 struct Connections {
     last: u32,
+    /// Does somebody wait for them to end?
+    awaited: bool,
     open: HashMap<u32, (u32, Arc<Shared>)>,
 }
 
@@ -125,9 +121,10 @@ impl Daemon {
             interrupt,
             env: Arc::new(env),
             builds: Arc::default(),
+            overlays: Overlays::default(),
             connections: Mutex::default(),
             changed: Condvar::new(),
-            idle: crossbeam_channel::bounded(0),
+            crew: Crew::default(),
         }
     }
 
@@ -219,7 +216,9 @@ impl Daemon {
     }
 
     fn wait_until_empty(&self, at_most: Duration) {
-        let waited = self.changed.wait_timeout_while(self.connections(), at_most, |all| !all.open.is_empty());
+        let mut all = self.connections();
+        all.awaited = true;
+        let waited = self.changed.wait_timeout_while(all, at_most, |all| !all.open.is_empty());
         drop(waited);
     }
 
@@ -238,7 +237,7 @@ impl Daemon {
         let settings = self.settings();
         let trust = peer.judge(&settings, users).map_err(AdmitError::Users)?;
         let trust = trust.ok_or_else(|| AdmitError::NotAllowed { user: peer.user.clone() })?;
-        let shared = Shared::new(stream, stall_limit(&settings)).map_err(AdmitError::Thread)?;
+        let shared = Shared::new(stream, stall_limit(&settings));
         let number = {
             let mut all = self.connections();
             let of_user = all.open.values().filter(|(owner, _)| *owner == uid).count();
@@ -253,7 +252,7 @@ impl Daemon {
         let place = Place { daemon: Arc::clone(self), number };
         let suffix = if trust == Trust::Trusted { " (trusted)" } else { "" };
         self.log(Level::Info, format_args!("accepted connection from pid {pid}, user {}{suffix}", peer.user));
-        self.run(Box::new(move || {
+        let served = self.crew.call(Box::new(move || {
             let daemon = Arc::clone(&place.daemon);
             let options = server::Options {
                 first_id: u64::from(number) << 32,
@@ -267,23 +266,8 @@ impl Daemon {
                 daemon.log(Level::Talkative, format_args!("connection from pid {pid} ended: {text}"));
             }
             drop(place);
-        }))
-    }
-
-    /// Has a thread do this: one that has just served a client, or a new one.
-    fn run(self: &Arc<Self>, work: Work) -> Result<(), AdmitError> {
-        let Err(refused) = self.idle.0.try_send(work) else { return Ok(()) };
-        let (first, more) = (refused.into_inner(), self.idle.1.clone());
-        let thread = std::thread::Builder::new().name("client".to_owned());
-        let spawned = thread.spawn(move || {
-            let mut work = first;
-            loop {
-                work();
-                let Ok(next) = more.recv_timeout(IDLE) else { break };
-                work = next;
-            }
-        });
-        spawned.map(drop).map_err(AdmitError::Thread)
+        }));
+        served.map_err(AdmitError::Thread)
     }
 
     /// Serves one client on standard input and output.
@@ -330,8 +314,11 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.daemon.connections().open.remove(&self.number);
-        self.daemon.changed.notify_all();
+        let mut all = self.daemon.connections();
+        all.open.remove(&self.number);
+        if all.awaited {
+            self.daemon.changed.notify_all();
+        }
     }
 }
 
@@ -353,7 +340,7 @@ impl Host for Daemon {
         let local = self.store.session((self.options)(&base), Arc::clone(&tunnel) as _);
         let engine = Engine {
             local,
-            settings: Settings::clone(&base),
+            settings: Arc::clone(&base),
             builds: Arc::clone(&self.builds),
             hides_logs: !tunnel.shows_logs(),
             interrupt: self.interrupt.clone(),
@@ -369,15 +356,15 @@ impl Session for ClientSession<'_> {
     }
 
     fn configure(&mut self, wishes: &SetOptions, trusted: bool) {
-        let found = overlay(&self.base, &self.daemon.machine, wishes, trusted);
-        for text in found.warnings {
+        let found = self.daemon.overlays.of(&self.base, &self.daemon.machine, wishes, trusted);
+        for text in &found.warnings {
             self.tunnel.message(Level::Warn, format_args!("{text}"));
         }
-        for text in found.debug {
+        for text in &found.debug {
             self.tunnel.message(Level::Debug, format_args!("{text}"));
         }
         self.engine.local.set_options((self.daemon.options)(&found.settings));
-        self.engine.settings = found.settings;
+        self.engine.settings = Arc::clone(&found.settings);
         self.engine.hides_logs = !self.tunnel.shows_logs();
     }
 }

@@ -3,6 +3,7 @@
 //! Source: settings, section 3; protocols, section 2.8.
 
 use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use larder_core::settings::{Machine, Settings, SettingsBuilder, find};
 use larder_wire::worker::ops::SetOptions;
@@ -17,17 +18,51 @@ const FREE: &[&str] = &["build-poll-interval", "connect-timeout", "max-silent-ti
 /// What came of a client's wishes.
 #[derive(Debug)]
 pub struct Overlay {
-    pub settings: Settings,
+    pub settings: Arc<Settings>,
     /// For the client.
     pub warnings: Vec<String>,
     /// For the client, if it wants to know everything.
     pub debug: Vec<String>,
 }
 
+/// The wishes of the last client, and what came of them: clients of a kind have the same.
+#[derive(Debug, Default)]
+pub struct Overlays(Mutex<Option<Remembered>>);
+
+#[derive(Debug)]
+struct Remembered {
+    base: Arc<Settings>,
+    wishes: SetOptions,
+    trusted: bool,
+    overlay: Arc<Overlay>,
+}
+
+/// Wishes with longer values, in bytes, are not remembered.
+const MAX_REMEMBERED: usize = 64 << 10;
+
+impl Overlays {
+    /// As [`overlay`].
+    pub fn of(&self, base: &Arc<Settings>, machine: &Machine, wishes: &SetOptions, trusted: bool) -> Arc<Overlay> {
+        let slot = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = &*slot()
+            && (Arc::ptr_eq(&last.base, base), last.trusted, &last.wishes) == (true, trusted, wishes)
+        {
+            return Arc::clone(&last.overlay);
+        }
+        let overlay = Arc::new(overlay(base, machine, wishes, trusted));
+        let length: usize = wishes.overrides.0.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if length <= MAX_REMEMBERED {
+            let (base, wishes, overlay) = (Arc::clone(base), wishes.clone(), Arc::clone(&overlay));
+            *slot() = Some(Remembered { base, wishes, trusted, overlay });
+        }
+        overlay
+    }
+}
+
 /// Puts a client's wishes over the daemon's settings.
 pub fn overlay(base: &Settings, machine: &Machine, wishes: &SetOptions, trusted: bool) -> Overlay {
     let mut builder = SettingsBuilder::over(base.clone(), machine.clone());
-    let mut overlay = Overlay { settings: base.clone(), warnings: Vec::new(), debug: Vec::new() };
+    let (mut warnings, mut debug) = (Vec::new(), Vec::new());
     for (name, value) in [
         ("keep-failed", wishes.keep_failed.to_string()),
         ("keep-going", wishes.keep_going.to_string()),
@@ -41,7 +76,7 @@ pub fn overlay(base: &Settings, machine: &Machine, wishes: &SetOptions, trusted:
     }
     for (name, value) in &wishes.overrides.0 {
         let Some(value) = value.as_str() else {
-            overlay.warnings.push(format!("the client's value of setting '{name}' is not UTF-8"));
+            warnings.push(format!("the client's value of setting '{name}' is not UTF-8"));
             continue;
         };
         // By its proper name, as an alias must not be a way around the rules.
@@ -54,23 +89,22 @@ pub fn overlay(base: &Settings, machine: &Machine, wishes: &SetOptions, trusted:
         } else if proper == "substituters" {
             let (allowed, refused) = allowed_substituters(base, value);
             for uri in refused {
-                overlay.warnings.push(format!(
+                warnings.push(format!(
                     "ignoring untrusted substituter '{uri}', you are not a trusted user.\n\
                      Run `man nix.conf` for more information on the `substituters` configuration option."
                 ));
             }
             builder.option(name, &allowed.join(" "));
         } else {
-            overlay.debug.push(format!(
+            debug.push(format!(
                 "ignoring the client-specified setting '{name}', because it is a restricted setting and you are not a \
                  trusted user"
             ));
         }
     }
     let configured = builder.finish();
-    overlay.settings = configured.settings;
-    overlay.warnings.extend(configured.warnings.iter().map(|warning| larder_core::report::chain(warning)));
-    overlay
+    warnings.extend(configured.warnings.iter().map(|warning| larder_core::report::chain(warning)));
+    Overlay { settings: Arc::new(configured.settings), warnings, debug }
 }
 
 /// The substituters that an untrusted client may use, and those that it may not.
@@ -187,6 +221,44 @@ mod tests {
         assert!(found.warnings[0].starts_with("ignoring untrusted substituter 'https://evil.example'"));
         let found = asked(&[("extra-substituters", "https://evil.example")], false);
         assert_eq!(found.settings.substituters, ["https://cache.nixos.org/"]);
+    }
+
+    /// What is remembered is of the same settings, the same wishes and the same trust.
+    #[test]
+    fn only_the_same_is_remembered() {
+        let (overlays, machine) = (Overlays::default(), machine());
+        let base = Arc::new(Settings::new(&machine));
+        let mut wishes = SetOptions {
+            keep_failed: false,
+            keep_going: false,
+            try_fallback: false,
+            verbosity: 3,
+            max_build_jobs: 7,
+            max_silent_time_s: 0,
+            use_build_hook: One,
+            verbose_build: 0,
+            log_type: Obsolete,
+            print_build_trace: Obsolete,
+            build_cores: 2,
+            use_substitutes: false,
+            overrides: Overrides(vec![("sandbox".into(), b"relaxed".as_slice().into())]),
+        };
+        let first = overlays.of(&base, &machine, &wishes, true);
+        assert!(Arc::ptr_eq(&first, &overlays.of(&base, &machine, &wishes, true)));
+        let untrusted = overlays.of(&base, &machine, &wishes, false);
+        assert_ne!(untrusted.settings.sandbox, first.settings.sandbox);
+        assert_eq!(overlays.of(&base, &machine, &wishes, true).settings.sandbox, first.settings.sandbox);
+        wishes.build_cores = 3;
+        assert_eq!(overlays.of(&base, &machine, &wishes, true).settings.cores, 3);
+        // The daemon's own settings were read again.
+        let mut other = Settings::clone(&base);
+        other.trusted_substituters.insert("https://b.example/".into());
+        let after = overlays.of(&Arc::new(other), &machine, &wishes, true);
+        assert!(after.settings.trusted_substituters.contains("https://b.example/"));
+        // What is too long is not.
+        wishes.overrides.0.push(("x".into(), vec![b'x'; MAX_REMEMBERED].into()));
+        let long = overlays.of(&base, &machine, &wishes, true);
+        assert!(!Arc::ptr_eq(&long, &overlays.of(&base, &machine, &wishes, true)));
     }
 
     #[test]

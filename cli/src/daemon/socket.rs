@@ -7,6 +7,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -101,6 +102,8 @@ pub struct Shared {
     stream: UnixStream,
     /// A client that we wait for, in the middle of something, must send some bytes in this time.
     stall: Option<Duration>,
+    /// Has writing its limit of time? It gets it when there is something to wait for.
+    writes_end: AtomicBool,
     state: Mutex<SharedState>,
 }
 
@@ -117,9 +120,8 @@ struct SharedState {
 
 impl Shared {
     /// `stall`: a client that sends nothing for so long in the middle of something is given up.
-    pub fn new(stream: UnixStream, stall: Option<Duration>) -> io::Result<Arc<Self>> {
-        stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
-        Ok(Arc::new(Self { stream, stall, state: Mutex::default() }))
+    pub fn new(stream: UnixStream, stall: Option<Duration>) -> Arc<Self> {
+        Arc::new(Self { stream, stall, writes_end: AtomicBool::new(false), state: Mutex::default() })
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, SharedState> {
@@ -154,29 +156,41 @@ impl Reader {
     pub const fn new(shared: Arc<Shared>) -> Self {
         Self { shared, limit: None }
     }
-}
 
-impl Read for Reader {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+    /// When what is read now must have come.
+    fn deadline(&self) -> Option<Instant> {
         let (deadline, resting) = {
             let state = self.shared.state();
             (state.deadline, state.resting)
         };
-        let limit = match deadline {
-            Some(deadline) => Some(deadline.saturating_duration_since(Instant::now())),
+        match deadline {
             None if resting => None,
-            None => self.shared.stall,
-        };
-        if limit.is_some_and(|limit| limit.is_zero()) {
-            return Err(io::ErrorKind::TimedOut.into());
+            None => self.shared.stall.map(|stall| Instant::now() + stall),
+            deadline => deadline,
         }
-        if limit != self.limit {
-            self.shared.stream.set_read_timeout(limit)?;
-            self.limit = limit;
-        }
-        match (&self.shared.stream).read(into) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
-            outcome => outcome,
+    }
+}
+
+impl Read for Reader {
+    /// The socket's own limit is set as seldom as can be, which takes a system call each time: it may be
+    /// too short, as whoever runs into it looks at the clock and goes on, or somewhat too long.
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let deadline = self.deadline();
+        let mut waited = false;
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let is_too_long = left.is_some_and(|left| self.limit.is_none_or(|limit| limit > left + left / 4));
+            if is_too_long || waited && left != self.limit {
+                self.shared.stream.set_read_timeout(left)?;
+                self.limit = left;
+            }
+            match (&self.shared.stream).read(into) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => waited = true,
+                outcome => return outcome,
+            }
         }
     }
 }
@@ -186,6 +200,16 @@ pub struct Writer(pub Arc<Shared>);
 
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Most replies fit into what the system keeps for the client.
+        if !self.0.writes_end.load(Ordering::Relaxed) {
+            match self.try_write(bytes)? {
+                0 if !bytes.is_empty() => {
+                    self.0.stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
+                    self.0.writes_end.store(true, Ordering::Relaxed);
+                }
+                n => return Ok(n),
+            }
+        }
         (&self.0.stream).write(bytes)
     }
     fn flush(&mut self) -> io::Result<()> {

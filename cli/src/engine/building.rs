@@ -53,7 +53,7 @@ impl Engine {
 
     fn drive(&self, targets: &[Target], mode: BuildMode, derivations: &Derivations<'_>, times: &Times) -> Report {
         let _hold = self.interrupt.hold();
-        let mut settings = BuildSettings::new(Arc::new(self.settings.clone()), self.builds.launcher.clone());
+        let mut settings = BuildSettings::new(Arc::clone(&self.settings), self.builds.launcher.clone());
         settings.hides_log = self.hides_logs;
         let settings = Arc::new(settings);
         let builder = Sharing::new(&self.builds, &self.local, Arc::clone(&settings));

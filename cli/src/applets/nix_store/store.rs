@@ -202,6 +202,7 @@ pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(),
     });
     let local = local.session(local.options().clone(), Arc::clone(&voice) as _);
     let (interrupt, env) = (cx.interrupt.clone(), Arc::new(cx.env.clone()));
+    let settings = Arc::new(settings);
     let engine = Engine { local, settings, builds: Arc::default(), hides_logs: false, interrupt, env };
     let mut session = RemoteSession { engine, voice };
     let mut input = io::BufReader::with_capacity(64 << 10, io::stdin());
@@ -279,7 +280,7 @@ impl larder_wire::serve::server::Session for RemoteSession {
 
     fn configure_builds(&mut self, options: &larder_wire::serve::ops::BuildOptions) {
         let seconds = |s: u64| i64::try_from(s).unwrap_or(i64::MAX);
-        let settings = &mut self.engine.settings;
+        let settings = Arc::make_mut(&mut self.engine.settings);
         settings.max_silent_time = seconds(options.max_silent_time_s);
         settings.timeout = seconds(options.build_timeout_s);
         settings.max_build_log_size = options.max_log_size_bytes;
