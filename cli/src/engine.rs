@@ -101,6 +101,13 @@ impl ReadStore for Engine {
     fn closure(&self, paths: &BTreeSet<StorePath>, include_outputs: bool) -> Result<BTreeSet<StorePath>, StoreError> {
         ReadStore::closure(&self.local, paths, include_outputs)
     }
+    fn listed_closure(
+        &self,
+        paths: &BTreeSet<StorePath>,
+        include_outputs: bool,
+    ) -> Result<Option<Vec<StorePath>>, StoreError> {
+        self.local.listed_closure(paths, include_outputs)
+    }
     fn sorted(&self, paths: &BTreeSet<StorePath>) -> Result<Vec<StorePath>, StoreError> {
         self.local.sorted(paths)
     }

@@ -407,6 +407,16 @@ pub trait ReadStore {
         Ok(closure)
     }
 
+    /// The closure in the order in which listings have it: references before referrers, otherwise by
+    /// name. `None` from a store that has no shorter way to it than a question for each path.
+    fn listed_closure(
+        &self,
+        _paths: &BTreeSet<StorePath>,
+        _include_outputs: bool,
+    ) -> Result<Option<Vec<StorePath>>, StoreError> {
+        Ok(None)
+    }
+
     /// Some valid paths, references before referrers.
     fn sorted(&self, paths: &BTreeSet<StorePath>) -> Result<Vec<StorePath>, StoreError>;
 

@@ -77,6 +77,22 @@ impl ReadStore for LocalStore {
         })?)
     }
 
+    fn listed_closure(
+        &self,
+        paths: &BTreeSet<StorePath>,
+        include_outputs: bool,
+    ) -> Result<Option<Vec<StorePath>>, ApiError> {
+        let walk = Walk { outputs: include_outputs, ..Walk::default() };
+        let roots: Vec<StorePath> = paths.iter().cloned().collect();
+        let graph = self.read(|txn| Ok(Some(closure_of(txn, &roots, walk)?)))?;
+        let Some(graph) = graph else {
+            // Nothing is valid where there is no ledger.
+            return roots.first().map_or_else(|| Ok(Some(Vec::new())), |path| Err(self.not_valid(path).into()));
+        };
+        let order = graph.topological_all().map_err(|error| StoreError::from(error).in_dir(self.dir()))?;
+        Ok(Some(order.into_iter().map(|node| graph.path(node)).collect()))
+    }
+
     fn sorted(&self, paths: &BTreeSet<StorePath>) -> Result<Vec<StorePath>, ApiError> {
         Ok(self.order(paths)?)
     }

@@ -118,6 +118,13 @@ impl ReadStore for MemoryStore {
     fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, StoreError> {
         Ok(lock(&self.realisations).get(id).cloned())
     }
+    fn listed_closure(
+        &self,
+        paths: &BTreeSet<StorePath>,
+        include_outputs: bool,
+    ) -> Result<Option<Vec<StorePath>>, StoreError> {
+        self.sorted(&self.closure(paths, include_outputs)?).map(Some)
+    }
     fn sorted(&self, paths: &BTreeSet<StorePath>) -> Result<Vec<StorePath>, StoreError> {
         // References first: what is placed, then whatever needs nothing but that.
         let (mut order, mut left) = (Vec::new(), paths.clone());

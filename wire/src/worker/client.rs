@@ -365,17 +365,50 @@ impl ReadStore for Client {
             FoundRealisation::Paths(_) => Ok(None),
         }
     }
-    fn sorted(&self, paths: &BTreeSet<StorePath>) -> Result<Vec<StorePath>, StoreError> {
-        let mut references = BTreeMap::new();
-        for path in paths {
-            references.insert(path.clone(), self.info(path)?.map(|info| info.references).unwrap_or_default());
+    fn closure(&self, paths: &BTreeSet<StorePath>, include_outputs: bool) -> Result<BTreeSet<StorePath>, StoreError> {
+        if let Some(list) = self.listed_closure(paths, include_outputs)? {
+            return Ok(list.into_iter().collect());
         }
-        order(&self.dir, references)
+        // All that is new is asked for at once.
+        let mut closure = paths.clone();
+        let mut level: Vec<StorePath> = paths.iter().cloned().collect();
+        while !level.is_empty() {
+            let mut next = Vec::new();
+            for (path, info) in level.iter().zip(self.infos(&level)?) {
+                let mut near = info.ok_or_else(|| StoreError::not_valid(&self.dir, path))?.references;
+                if include_outputs && path.is_derivation() {
+                    let outputs: BTreeSet<StorePath> = self.derivation_outputs(path)?.into_values().flatten().collect();
+                    near.extend(self.valid_subset(&outputs)?);
+                }
+                next.extend(near.into_iter().filter(|path| closure.insert(path.clone())));
+            }
+            level = next;
+        }
+        Ok(closure)
+    }
+    fn listed_closure(
+        &self,
+        paths: &BTreeSet<StorePath>,
+        include_outputs: bool,
+    ) -> Result<Option<Vec<StorePath>>, StoreError> {
+        if !self.agreed.closures {
+            return Ok(None);
+        }
+        let ask = ops::QueryClosure { paths: paths.clone(), include_outputs: Flag(include_outputs) };
+        self.call(&ask).map(Some)
+    }
+    fn sorted(&self, paths: &BTreeSet<StorePath>) -> Result<Vec<StorePath>, StoreError> {
+        let list: Vec<StorePath> = paths.iter().cloned().collect();
+        let infos = self.infos(&list)?;
+        let references = infos.into_iter().map(|info| info.map(|info| info.references).unwrap_or_default());
+        order(&self.dir, list.into_iter().zip(references).collect())
     }
     fn nar(&self, path: &StorePath, out: &mut dyn Write) -> Result<(), StoreError> {
-        self.call_with(&ops::NarFromPath { path: path.clone() }, None, |(), input| {
-            Ok(BareNar::new(input).copy_to(out)?)
-        })
+        self.call_with(
+            &ops::NarFromPath { path: path.clone() },
+            None,
+            |(), input| Ok(BareNar::new(input).copy_to(out)?),
+        )
     }
 }
 
@@ -507,7 +540,7 @@ mod tests {
 
     use larder_core::api::ContentMethod;
     use larder_core::content_address::Method;
-    use larder_core::hash::Algorithm;
+    use larder_core::hash::{Algorithm, Sha256Digest};
     use larder_core::nar::encoder;
     use larder_core::report::Silent;
 
@@ -579,6 +612,61 @@ mod tests {
                 assert_eq!(error.kind, ErrorKind::NotValid);
                 assert!(!client.is_valid(&none).unwrap());
                 assert_eq!(client.info(&none).unwrap(), None);
+            });
+        }
+    }
+
+    /// Objects that all have the same archive, which is the last field as far as it was not read.
+    struct Objects<'a>(std::slice::Iter<'a, PathInfo>, &'a [u8], &'a [u8]);
+    impl Read for Objects<'_> {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            self.2.read(into)
+        }
+    }
+    impl NarSource for Objects<'_> {
+        fn next_object(&mut self) -> Result<Option<PathInfo>, StoreError> {
+            self.2 = self.1;
+            Ok(self.0.next().cloned())
+        }
+    }
+
+    /// Ours tell a closure at once; of others it is found out level by level, and comes to the same.
+    #[test]
+    fn closures() {
+        let nar = encoder::file(b"contents", false);
+        let path = |n: usize| -> StorePath { format!("{n}c0mv0v7jmmvwkr0fqm8jrc4clmz2w1c-x").parse().unwrap() };
+        let all: Vec<PathInfo> = [vec![], vec![0], vec![0, 1], vec![], vec![3, 2, 4]]
+            .into_iter()
+            .enumerate()
+            .map(|(n, near): (usize, Vec<usize>)| {
+                let mut info = PathInfo::new(path(n), Sha256Digest::of(&nar), nar.len() as u64);
+                info.references = near.into_iter().map(path).collect();
+                info
+            })
+            .collect();
+        for newest in [25, 37, 38] {
+            with_client(newest, |client| {
+                assert_eq!(client.agreed().closures, newest >= 38);
+                client.add_nars(&mut Objects(all.iter(), &nar, &nar), AddOptions::default()).unwrap();
+                for (roots, wanted) in [(vec![], vec![]), (vec![2], vec![0, 1, 2]), (vec![4, 1], vec![0, 1, 2, 3, 4])] {
+                    let roots = roots.into_iter().map(path).collect();
+                    let wanted: BTreeSet<StorePath> = wanted.into_iter().map(path).collect();
+                    assert_eq!(client.closure(&roots, false).unwrap(), wanted, "1.{newest}");
+                    let listed = client.listed_closure(&roots, false).unwrap();
+                    assert_eq!(listed.is_some(), newest >= 38);
+                    for list in listed.into_iter().chain([client.sorted(&wanted).unwrap()]) {
+                        assert_eq!(list.iter().cloned().collect::<BTreeSet<_>>(), wanted);
+                        for (at, path) in list.iter().enumerate() {
+                            let near = client.info(path).unwrap().unwrap().references;
+                            assert!(near.iter().all(|p| p == path || list[..at].contains(p)), "{list:?}");
+                        }
+                    }
+                }
+                let error = client.closure(&[path(7)].into(), false).unwrap_err();
+                assert_eq!((error.kind, error.to_string()), {
+                    (ErrorKind::NotValid, format!("path '/nix/store/{}' is not valid", path(7)))
+                });
+                assert!(client.is_valid(&path(4)).unwrap());
             });
         }
     }

@@ -304,6 +304,10 @@ operations! {
     45 AddBuildLog { drv: BaseName; } -> One, data |_| Data::Framed;
     46 BuildPathsWithResults { targets: Vec<DerivedPath>; mode: BuildMode; } -> Vec<KeyedResult>;
     47 AddPermRoot { path: StorePath; link: FilePath; } -> FilePath;
+    /// All that some valid paths need, themselves among them, references before referrers and otherwise by
+    /// name; with `include_outputs` also the outputs of derivations. Larder's own ("lard" as the number),
+    /// for those who have agreed on it (see [`super::handshake::Agreed::closures`]).
+    0x6c61_7264 QueryClosure { paths: BTreeSet<StorePath>; include_outputs: Flag; } -> Vec<StorePath>;
 }
 
 /// A SHA-256 hash in hexadecimal digits.

@@ -31,8 +31,8 @@ use self::data::{ManyObjects, OneObject, Pulled};
 use super::handshake::accept;
 use super::message::{ErrorMessage, MAX_ERROR};
 use super::ops::{
-    AddWhat, Added, Data, FoundRealisation, GcAction, GcReply, HexHash, NamelessSubstitutable, Operation, OptionalInfo,
-    OptionalSubstitutable, Request, SetOptions,
+    self, AddWhat, Added, Data, FoundRealisation, GcAction, GcReply, HexHash, NamelessSubstitutable, Operation,
+    OptionalInfo, OptionalSubstitutable, Request, SetOptions,
 };
 use super::tunnel::{Line, MessageWriter, Outlet, Tunnel};
 use crate::codec::{Allowance, Budget, Decoder, Encoder, Protocol, WireError};
@@ -96,10 +96,11 @@ pub fn serve(
     options: &Options,
 ) -> Result<(), WireError> {
     line.set_deadline(Some(options.handshake_timeout));
-    let agreed = accept(input, &mut output, host.dir(), &options.version, options.trusted)?;
+    let (agreed, last_words) = accept(input, &mut output, host.dir(), &options.version, options.trusted)?;
     line.set_deadline(None);
-    let tunnel = Arc::new(Tunnel::new(host.dir().clone(), agreed.minor, output, line, options.first_id));
-    tunnel.begin();
+    // What is told from here on goes with the last words of the handshake, in one write.
+    let tunnel = Tunnel::new(host.dir().clone(), agreed.minor, output, line, options.first_id);
+    let tunnel = Arc::new(tunnel.after(last_words));
     let session = match host.open(Arc::clone(&tunnel), options.trusted) {
         Ok(session) => session,
         Err(error) => {
@@ -108,7 +109,8 @@ pub fn serve(
     };
     tunnel.reply(&[]).map_err(WireError::Write)?;
     let protocol = Protocol::Worker(agreed.minor);
-    let mut connection = Connection { session, tunnel, minor: agreed.minor, protocol, options, host };
+    let (minor, closures) = (agreed.minor, agreed.closures);
+    let mut connection = Connection { session, tunnel, minor, closures, protocol, options, host };
     connection.run(input)
 }
 
@@ -153,6 +155,8 @@ struct Connection<'h> {
     session: Box<dyn Session + 'h>,
     tunnel: Arc<Tunnel>,
     minor: u8,
+    /// Does the client know `QueryClosure`?
+    closures: bool,
     protocol: Protocol,
     options: &'h Options,
     host: &'h dyn Host,
@@ -570,6 +574,13 @@ impl Connection<'_> {
                 let results = self.session.store().build(&r.targets, r.mode)?;
                 let keyed = r.targets.iter().cloned().zip(results);
                 self.reply(&r, &keyed.map(|(target, result)| KeyedResult { target, result }).collect())
+            }
+            Request::QueryClosure(r) => {
+                if !self.closures {
+                    return Err(Failure::Broken(WireError::UnknownOperation { code: ops::QueryClosure::CODE }));
+                }
+                let list = self.session.store().listed_closure(&r.paths, r.include_outputs.0)?;
+                self.reply(&r, &list.ok_or_else(|| StoreError::unsupported("this store cannot list closures"))?)
             }
             Request::AddPermRoot(r) => {
                 self.need_trust(

@@ -122,6 +122,13 @@ impl Tunnel {
         }
     }
 
+    /// The same with something that is to be sent before all else.
+    #[must_use]
+    pub(super) fn after(mut self, words: Vec<u8>) -> Self {
+        self.state.get_mut().unwrap_or_else(PoisonError::into_inner).kept = words;
+        self
+    }
+
     pub fn minor(&self) -> u8 {
         self.minor.load(Ordering::Relaxed)
     }

@@ -318,6 +318,43 @@ fn bad_requests_end_the_connection() {
     }
 }
 
+/// An operation of ours is there for those who have agreed on it, and for others as unknown as any.
+#[test]
+fn closures_are_for_those_who_know_them() {
+    let ask = ops::QueryClosure { paths: BTreeSet::new(), include_outputs: Flag(false) };
+    let mut answers = Script::new(38).ask(&ask).play(&host(), true);
+    assert_eq!(answers.outcome(), Err(format!("invalid operation {}", ops::QueryClosure::CODE)));
+    assert!(answers.bytes.is_empty() && answers.served.is_err());
+}
+
+/// What the handshake says last and the end of its messages come in one write.
+#[test]
+fn the_greeting_ends_in_one_write() {
+    #[derive(Clone, Default)]
+    struct Writes(Arc<Mutex<Vec<usize>>>);
+    impl io::Write for Writes {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().push(bytes.len());
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    impl Outlet for Writes {
+        fn try_write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.write(bytes)
+        }
+    }
+    for (minor, sizes) in [(34, vec![16, 16 + 8]), (37, vec![16, 16 + 8 + 8]), (38, vec![16, 8, 16 + 8 + 8])] {
+        let writes = Writes::default();
+        let options = Options::new("9.9", true, Budget::unlimited());
+        let script = Script::new(minor);
+        serve(&mut &script.bytes[..], Box::new(writes.clone()), Box::new(Steady), &host(), &options).unwrap();
+        assert_eq!(*writes.0.lock().unwrap(), sizes, "1.{minor}");
+    }
+}
+
 /// A garbage greeting is answered with nothing.
 #[test]
 fn garbage_magics() {

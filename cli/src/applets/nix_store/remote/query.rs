@@ -99,7 +99,17 @@ impl Far<'_> {
                 }
             }
             QueryKind::Requisites => {
-                let mut all = known.closure(&self.meant(query, &paths)?)?;
+                let roots = self.meant(query, &paths)?;
+                let set = roots.iter().cloned().collect();
+                if let Some(list) = store.listed_closure(&set, query.include_outputs)? {
+                    let prefix = format!("{dir}/");
+                    for path in list {
+                        out.bytes(prefix.as_bytes())?;
+                        out.line(path)?;
+                    }
+                    return Ok(out.finish()?);
+                }
+                let mut all = known.closure(&roots)?;
                 if query.include_outputs {
                     all = store.closure(&all, true)?;
                     known.learn(&all)?;
