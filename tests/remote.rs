@@ -431,3 +431,36 @@ fn s016_over_a_real_ssh() {
         assert_eq!(std::fs::read_to_string(&there).unwrap(), format!("{number}\n"));
     }
 }
+
+/// Exports from a daemon's store are those of one's own, faults among them; what is not to be seen from
+/// here comes from the daemon.
+#[test]
+fn objects_behind_a_daemon_are_read_where_they_lie() {
+    let house = House::new();
+    house.write("f", "hello\n");
+    let path = house.run("nix-store", ["--add", "f"]).stdout.trim().to_owned();
+    let _daemon = Daemon::start(&house, LARDER, "");
+    let export = |remote: &str| {
+        let found =
+            crate::house::output(house.applet("nix-store").args(["--export", &path]).env("NIX_REMOTE", remote), b"");
+        (found.status.code(), found.stdout, String::from_utf8_lossy(&found.stderr).into_owned())
+    };
+    let whole = export("local");
+    assert_eq!(whole.0, Some(0), "{whole:?}");
+    assert_eq!(export("daemon"), whole);
+    let change = |text: &str| {
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
+    };
+    change("jello\n");
+    let changed = export("local");
+    assert!(changed.0 == Some(1) && changed.2.contains("' has changed from '"), "{changed:?}");
+    assert_eq!(export("daemon"), changed);
+    change("hello\n");
+    let (store, hidden) = (house.path().join("store"), house.path().join("hidden"));
+    std::fs::rename(&store, &hidden).unwrap();
+    let from_daemon = export("daemon");
+    std::fs::rename(&hidden, &store).unwrap();
+    assert_eq!(from_daemon, whole);
+}

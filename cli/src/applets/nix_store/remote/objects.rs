@@ -1,5 +1,6 @@
 //! Objects on their way to a store elsewhere, and from it.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek as _, Write};
 use std::path::Path;
@@ -11,13 +12,15 @@ use larder_core::hash::{NarHasher, Sha256Digest};
 use larder_core::nar::{Event, Parser};
 use larder_core::path_info::PathInfo;
 use larder_core::store_path::StorePath;
-use larder_fs::dump::{DumpError, DumpOptions, Dumper};
+use larder_fs::dump::{DumpError, DumpOptions, Dumper, StreamError, dump_pipelined};
+use larder_store::StoreError as LocalError;
 use larder_wire::stream::BareNar;
 use rustix::fs::CWD;
 
 use super::Far;
+use crate::conf::LocalStore;
 use crate::exit::Failure;
-use crate::printer::{Output, Printer};
+use crate::printer::{Output, PrintError, Printer};
 
 /// Bytes of an archive that are made at a time.
 const BLOCK_BYTES: usize = 64 << 10;
@@ -117,20 +120,10 @@ pub(super) fn hash(far: &Far<'_>, path: &StorePath) -> Result<Sha256Digest, Fail
     let mut hashing = Hashing(NarHasher::new());
     match &far.files {
         // A daemon that finds it changed can only hang up.
-        Some(files) => {
-            let real = files.layout.real_path(path);
-            let options = DumpOptions { case_hack: far.settings.use_case_hack, below: Some(&files.layout.real_store) };
-            let mut dumper = Dumper::new(CWD, real.as_os_str(), options);
-            let mut block = Vec::with_capacity(BLOCK_BYTES);
-            loop {
-                block.clear();
-                let more = dumper.fill(&mut block)?;
-                hashing.0.update(&block);
-                if !more {
-                    break;
-                }
-            }
-        }
+        Some(files) => far.dump_here(files, path, |bytes| {
+            hashing.0.update(bytes);
+            Ok(())
+        })?,
         None => far.store.nar(path, &mut hashing)?,
     }
     Ok(hashing.0.finish().0)
@@ -155,17 +148,59 @@ pub(super) fn derivation(far: &Far<'_>, path: &StorePath) -> Result<Derivation, 
 }
 
 impl Far<'_> {
+    /// The archive of what lies at a path on this machine, in pieces.
+    fn dump_here(
+        &self,
+        files: &LocalStore,
+        path: &StorePath,
+        mut sink: impl FnMut(&[u8]) -> Result<(), PrintError>,
+    ) -> Result<(), Failure> {
+        let real = files.layout.real_path(path);
+        let options = DumpOptions { case_hack: self.settings.use_case_hack, below: Some(&files.layout.real_store) };
+        match dump_pipelined(CWD, real.as_os_str(), &options, &mut sink) {
+            Ok(_) => Ok(()),
+            Err(StreamError::Dump(error)) => Err(error.into()),
+            Err(StreamError::Sink(error)) => Err(error.into()),
+        }
+    }
+
+    /// Writes the archive of a valid path, and checks it on the way.
+    ///
+    /// Where the files of a daemon's store lie on this machine they are read here: what it would send is
+    /// the same bytes, copied twice more.
+    fn nar(&self, info: &PathInfo, out: &mut Printer) -> Result<(), Failure> {
+        let is_here = |files: &&LocalStore| files.layout.real_path(&info.path).symlink_metadata().is_ok();
+        let Some(files) = self.files.as_ref().filter(is_here) else { return Ok(self.store.nar(&info.path, out)?) };
+        let mut hasher = NarHasher::new();
+        self.dump_here(files, &info.path, |bytes| {
+            hasher.update(bytes);
+            out.bytes(bytes)
+        })?;
+        let (found, size_bytes) = hasher.finish();
+        // A size of 0 was never recorded.
+        if found != info.nar_hash || (info.nar_size_bytes != 0 && size_bytes != info.nar_size_bytes) {
+            let path = self.store.dir().full(&info.path);
+            return Err(LocalError::Changed { path, expected: info.nar_hash, found }.into());
+        }
+        Ok(())
+    }
+
     /// `--export`
     pub(super) fn export(&self, paths: &[StorePath]) -> Result<(), Failure> {
         let (store, dir) = (self.store, self.store.dir());
+        let paths: BTreeSet<StorePath> = paths.iter().cloned().collect();
+        if self.files.is_some() {
+            // They are not asked for, one by one, of who would protect them.
+            store.add_temp_roots(&paths)?;
+        }
         let mut out = Printer::new(Output::Stream);
         let mut framing = Vec::new();
-        for path in store.sorted(&paths.iter().cloned().collect())? {
+        for path in store.sorted(&paths)? {
             let info = self.info(&path)?;
             framing.clear();
             write_lead(&mut framing, Next::Object);
             out.bytes(&framing)?;
-            store.nar(&path, &mut out)?;
+            self.nar(&info, &mut out)?;
             framing.clear();
             let references = info.references.iter().map(Into::into);
             let deriver = info.deriver.as_ref().map(Into::into);
