@@ -385,6 +385,11 @@ pub trait ReadStore {
 
     fn by_hash_part(&self, hash_part: HashPart) -> Result<Option<StorePath>, StoreError>;
 
+    /// The record of the valid path with a hash part.
+    fn info_by_hash_part(&self, hash_part: HashPart) -> Result<Option<PathInfo>, StoreError> {
+        self.by_hash_part(hash_part)?.map_or(Ok(None), |path| self.info(&path))
+    }
+
     /// Outputs of a valid derivation, with their paths where these are known.
     fn derivation_outputs(&self, drv: &StorePath) -> Result<BTreeMap<OutputName, Option<StorePath>>, StoreError>;
 

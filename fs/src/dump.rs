@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use larder_core::nar::case_hack::{self, CaseHackError};
 use larder_core::nar::{Encoder, Event, Shown};
 use rustix::buffer::spare_capacity;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, Stat};
 use rustix::io::Errno;
 
 use crate::pipe::{self, BLOCK_BYTES};
@@ -83,6 +83,8 @@ pub struct Dumper<'a> {
     spare: Vec<Directory>,
     /// Where directory entries are read to; `fill` keeps no other buffer.
     entries: Vec<u8>,
+    /// Bytes of the archive that are still to be left out.
+    skip: u64,
 }
 
 #[derive(Debug)]
@@ -143,9 +145,26 @@ pub fn dump_pipelined<E: std::error::Error>(
     at: impl AsFd,
     name: &OsStr,
     options: &DumpOptions<'_>,
+    sink: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<u64, StreamError<E>> {
+    pumped(Dumper::new(at.as_fd(), name, *options), sink)
+}
+
+/// The same without the first `skipped` bytes; contents of files among them are not read.
+pub fn dump_pipelined_after<E: std::error::Error>(
+    at: impl AsFd,
+    name: &OsStr,
+    options: &DumpOptions<'_>,
+    skipped: u64,
+    sink: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<u64, StreamError<E>> {
+    pumped(Dumper::new(at.as_fd(), name, *options).after(skipped), sink)
+}
+
+fn pumped<E: std::error::Error>(
+    mut dumper: Dumper<'_>,
     mut sink: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<u64, StreamError<E>> {
-    let mut dumper = Dumper::new(at.as_fd(), name, *options);
     let mut size_bytes = 0;
     pipe::pump(
         |block| dumper.fill(block),
@@ -170,21 +189,35 @@ impl<'a> Dumper<'a> {
             open: Vec::new(),
             spare: Vec::new(),
             entries: Vec::new(),
+            skip: 0,
         }
+    }
+
+    /// Leaves out the first bytes of the archive.
+    #[must_use]
+    pub fn after(self, skipped: u64) -> Self {
+        Self { skip: skipped, ..self }
     }
 
     /// Appends to `block` what its capacity holds; is there more to come?
     ///
-    /// Adds at least one byte. The capacity should be [`BLOCK_BYTES`]; below 16 KiB it grows.
+    /// Adds at least one byte, unless all that is left is left out. The capacity should be [`BLOCK_BYTES`]; below 16 KiB it grows.
     pub fn fill(&mut self, block: &mut Vec<u8>) -> Result<bool, DumpError> {
         if block.capacity() < 2 * STEP_BYTES {
             block.reserve(2 * STEP_BYTES - block.len());
         }
+        let mut from = block.len();
         if !self.begun {
             self.begun = true;
             self.begin_root(block)?;
         }
         loop {
+            if self.skip > 0 {
+                let left_out = usize::try_from(self.skip).unwrap_or(usize::MAX).min(block.len() - from);
+                block.drain(from..from + left_out);
+                self.skip -= left_out as u64;
+                from = block.len();
+            }
             if block.capacity() - block.len() < STEP_BYTES {
                 return Ok(true);
             }
@@ -257,6 +290,13 @@ impl<'a> Dumper<'a> {
     /// Reads more of the open file, up to its size when it was opened.
     fn read(&mut self, block: &mut Vec<u8>) -> Result<(), DumpError> {
         let file = self.file.as_mut().expect("a file is open");
+        let left_out = self.skip.min(file.left);
+        if left_out > 0 {
+            let there = rustix::fs::seek(&file.fd, SeekFrom::Current(i64::try_from(left_out).unwrap_or(i64::MAX)));
+            file.left -= left_out;
+            self.skip -= left_out;
+            return there.map(drop).map_err(|e| self.io("reading from file", e));
+        }
         let before = block.len();
         loop {
             match rustix::io::read(&file.fd, spare_capacity(block)) {

@@ -15,7 +15,7 @@ use data_encoding::BASE64;
 use larder_core::arb::nar::{Tree, spoiled_nar, tree};
 use larder_core::hash::{Algorithm, Encoding, Hash};
 use larder_core::nar::{Encoder, Event, Limits, NarError, Parser, encoder};
-use larder_fs::dump::{DumpError, DumpOptions, Dumper, StreamError, dump, dump_pipelined};
+use larder_fs::dump::{DumpError, DumpOptions, Dumper, StreamError, dump, dump_pipelined, dump_pipelined_after};
 use larder_fs::restore::{Metadata, RestoreError, RestoreOptions, Restored, Restorer, restore};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
@@ -123,6 +123,31 @@ fn vectors_nar() {
             assert_eq!(restored.nar_size_bytes, nar.len() as u64, "{id}");
             assert_eq!(place.dump(false).unwrap(), nar, "{id}");
         }
+    }
+}
+
+/// Wherever it begins, the rest of an archive is the same.
+#[test]
+fn archives_from_any_byte_on() {
+    let place = Place::new();
+    fs::create_dir_all(place.path().join("deep/down")).unwrap();
+    for (name, size) in [("a", 0), ("b", 1), ("deep/c", 100_000), ("deep/down/d", 1_500_001), ("e", 8)] {
+        let contents: Vec<u8> = (0..=250).cycle().take(size).collect();
+        fs::write(place.path().join(name), contents).unwrap();
+    }
+    symlink("deep/down", place.path().join("link")).unwrap();
+    let whole = place.dump(false).unwrap();
+    let near = |at: usize| at.saturating_sub(3)..at + 3;
+    let steps = (0..whole.len()).step_by(33_331).chain(0..1000).chain(near(whole.len()));
+    for skipped in steps.chain(near(101_000)).chain(near(1_602_000)) {
+        let mut out = Vec::new();
+        let options = DumpOptions::default();
+        let size = dump_pipelined_after(&place.fd, OsStr::new("t"), &options, skipped as u64, |piece| {
+            out.extend_from_slice(piece);
+            Ok::<_, io::Error>(())
+        });
+        assert!(out == whole[skipped.min(whole.len())..], "behind {skipped} bytes");
+        assert_eq!(size.unwrap(), out.len() as u64);
     }
 }
 

@@ -54,6 +54,13 @@ impl ReadStore for LocalStore {
         Ok(self.read(|txn| Ok(txn.by_hash_part(hash_part)?))?)
     }
 
+    fn info_by_hash_part(&self, hash_part: HashPart) -> Result<Option<PathInfo>, ApiError> {
+        Ok(self.read(|txn| match txn.by_hash_part(hash_part)? {
+            Some(path) => Ok(txn.info(&path)?),
+            None => Ok(None),
+        })?)
+    }
+
     fn derivation_outputs(&self, drv: &StorePath) -> Result<BTreeMap<OutputName, Option<StorePath>>, ApiError> {
         let mut known = self.known_outputs(drv)?;
         let drv = self.derivation(drv)?;

@@ -106,6 +106,18 @@ impl LocalStore {
         Ok(())
     }
 
+    /// Writes the archive of a path from some byte on, for who checks what it gets: nothing is hashed.
+    pub fn dump_after(&self, path: &StorePath, skipped: u64, out: &mut dyn Write) -> Result<(), StoreError> {
+        let options = DumpOptions { case_hack: self.options().use_case_hack, below: Some(&self.layout().real_store) };
+        let name = path.to_string();
+        dump::dump_pipelined_after(self.object_dir()?, OsStr::new(&name), &options, skipped, |bytes| {
+            self.check_interrupt()?;
+            out.write_all(bytes).map_err(StoreError::Output)
+        })
+        .map_err(stream_error)?;
+        Ok(())
+    }
+
     /// Gives the archive of what lies at a path, in pieces.
     pub(crate) fn dump_object(
         &self,

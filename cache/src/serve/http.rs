@@ -66,25 +66,21 @@ pub(super) fn reason(status: u16) -> &'static str {
     }
 }
 
-/// Lets through a part of what is written, and ends it with an error behind that.
+/// Lets through the beginning of what is written, and ends it with an error behind that.
 pub(super) struct Window<'o> {
     pub(super) out: &'o mut dyn Write,
-    pub(super) skip: u64,
     pub(super) left: u64,
 }
 
 impl Write for Window<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(bytes.len());
-        self.skip -= skipped as u64;
-        let rest = bytes.get(skipped..).unwrap_or_default();
-        if self.left == 0 && !rest.is_empty() {
+        if self.left == 0 && !bytes.is_empty() {
             return Err(io::Error::other("the range has ended"));
         }
-        let n = usize::try_from(self.left).unwrap_or(usize::MAX).min(rest.len());
-        self.out.write_all(rest.get(..n).unwrap_or_default())?;
+        let n = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
+        self.out.write_all(bytes.get(..n).unwrap_or_default())?;
         self.left -= n as u64;
-        Ok(skipped + n)
+        Ok(n)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -92,27 +88,56 @@ impl Write for Window<'_> {
     }
 }
 
-/// Cuts what is written into the chunks of HTTP.
-pub(super) struct Chunks<'o>(pub(super) &'o mut dyn Write);
+/// Bytes of a chunk, and of the line in front of it.
+const CHUNK: usize = 64 << 10;
+const CHUNK_LINE: usize = "00010000\r\n".len();
 
-impl Write for Chunks<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if !bytes.is_empty() {
-            write!(self.0, "{:x}\r\n", bytes.len())?;
-            self.0.write_all(bytes)?;
-            self.0.write_all(b"\r\n")?;
-        }
-        Ok(bytes.len())
+/// Gathers what is written in the chunks of HTTP.
+pub(super) struct Chunks<'o> {
+    out: &'o mut dyn Write,
+    /// Room for the line, and what is in the chunk so far.
+    chunk: Vec<u8>,
+}
+
+impl<'o> Chunks<'o> {
+    pub(super) fn new(out: &'o mut dyn Write) -> Self {
+        let mut chunk = Vec::with_capacity(CHUNK_LINE + CHUNK + 2);
+        chunk.resize(CHUNK_LINE, 0);
+        Self { out, chunk }
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
+    fn send(&mut self) -> io::Result<()> {
+        let length = self.chunk.len() - CHUNK_LINE;
+        if length == 0 {
+            return Ok(());
+        }
+        let mut line = self.chunk.get_mut(..CHUNK_LINE).unwrap_or_default();
+        write!(line, "{length:08x}\r\n")?;
+        self.chunk.extend_from_slice(b"\r\n");
+        self.out.write_all(&self.chunk)?;
+        self.chunk.truncate(CHUNK_LINE);
+        Ok(())
+    }
+
+    pub(super) fn end(mut self) -> io::Result<()> {
+        self.send()?;
+        self.out.write_all(b"0\r\n\r\n")
     }
 }
 
-impl Chunks<'_> {
-    pub(super) fn end(self) -> io::Result<()> {
-        self.0.write_all(b"0\r\n\r\n")
+impl Write for Chunks<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = (CHUNK_LINE + CHUNK - self.chunk.len()).min(bytes.len());
+        self.chunk.extend_from_slice(bytes.get(..n).unwrap_or_default());
+        if self.chunk.len() == CHUNK_LINE + CHUNK {
+            self.send()?;
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.send()?;
+        self.out.flush()
     }
 }
 
@@ -281,6 +306,30 @@ mod tests {
         ] {
             assert_eq!(parse_range(text, 100), expected, "{text:?}");
         }
+    }
+
+    #[test]
+    fn chunks_and_windows() {
+        let text: Vec<u8> = (0..=255).cycle().take(2 * CHUNK + 5).collect();
+        for step in [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, text.len()] {
+            let mut out = Vec::new();
+            let mut chunks = Chunks::new(&mut out);
+            text.chunks(step).for_each(|piece| chunks.write_all(piece).unwrap());
+            chunks.end().unwrap();
+            let mut expected = Vec::new();
+            for chunk in text.chunks(CHUNK) {
+                write!(expected, "{:08x}\r\n", chunk.len()).unwrap();
+                expected.extend_from_slice(chunk);
+                expected.extend_from_slice(b"\r\n");
+            }
+            expected.extend_from_slice(b"0\r\n\r\n");
+            assert!(out == expected, "{step}");
+        }
+        let mut out = Vec::new();
+        let mut window = Window { out: &mut out, left: 5 };
+        window.write_all(b"abc").unwrap();
+        window.write_all(b"def").unwrap_err();
+        assert_eq!((window.left, &*out), (0, &b"abcde"[..]));
     }
 
     #[test]

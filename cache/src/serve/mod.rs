@@ -27,10 +27,11 @@ macro_rules! add {
 mod http;
 mod uploads;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{self, BufWriter, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use larder_core::api::{self, ReadStore};
@@ -52,6 +53,12 @@ use crate::listing::Lister;
 /// Bytes of a question after closures, at most.
 const BODY_MAX: usize = 33 * closure::ASKED_MAX;
 
+/// Bytes of memory for narinfo files that were asked for. If they do not do, all are forgotten.
+const TEXTS_BYTES: usize = 16 << 20;
+
+/// Records that are read from the ledger together.
+const READ_TOGETHER: usize = 1000;
+
 /// How long a client may say nothing, or take nothing.
 const PATIENCE: Duration = Duration::from_mins(1);
 
@@ -67,11 +74,21 @@ const NAR: &str = "application/x-nix-nar";
 pub trait Shop: Sync {
     fn store(&self) -> &dyn ReadStore;
 
-    /// The store with a path that is not collected while it is held.
-    fn hold(&self, path: &StorePath) -> Result<Box<dyn ReadStore + '_>, api::StoreError>;
+    /// A path that is not collected while it is held.
+    fn hold<'s>(&'s self, path: &'s StorePath) -> Result<Box<dyn Held + 's>, api::StoreError>;
 
     /// The log of a build, if it is here.
     fn log(&self, drv: &StorePath) -> io::Result<Option<Box<dyn Read + '_>>>;
+}
+
+/// A path that stays where it is.
+pub trait Held {
+    /// Was it valid still when it was taken hold of?
+    fn is_valid(&self) -> Result<bool, api::StoreError>;
+
+    /// Writes its archive but for the first `skipped` bytes. It need not be checked: clients know the
+    /// hash, and when we knew it they would have all of it.
+    fn nar(&self, skipped: u64, out: &mut dyn Write) -> Result<(), api::StoreError>;
 }
 
 /// How to serve.
@@ -100,6 +117,26 @@ struct Metrics {
 /// The sorts of requests, as metrics name them.
 const ROUTES: [&str; 8] = ["cache-info", "narinfo", "nar", "ls", "log", "closure", "upload", "other"];
 
+/// Narinfo files that were asked for, beside what they tell of: a signature takes longer than all else
+/// that is done for one.
+#[derive(Default)]
+struct Texts {
+    made: HashMap<HashPart, (PathInfo, Arc<str>)>,
+    bytes: usize,
+}
+
+impl Texts {
+    fn keep(&mut self, info: PathInfo, text: &Arc<str>) {
+        // The record has about the same in it again.
+        let bytes = 2 * text.len() + size_of::<PathInfo>();
+        if self.bytes + bytes > TEXTS_BYTES {
+            *self = Self::default();
+        }
+        let replaced = self.made.insert(info.path.hash_part(), (info, Arc::clone(text)));
+        self.bytes += replaced.map_or(bytes, |(_, old)| (2 * text.len()).saturating_sub(2 * old.len()));
+    }
+}
+
 /// Serves a store.
 pub struct Server<'a> {
     shop: &'a dyn Shop,
@@ -107,6 +144,7 @@ pub struct Server<'a> {
     /// `None`: nothing is taken.
     uploads: Option<Uploads<'a>>,
     metrics: Metrics,
+    texts: Mutex<Texts>,
 }
 
 impl std::fmt::Debug for Server<'_> {
@@ -120,7 +158,7 @@ type Next = io::Result<bool>;
 
 impl<'a> Server<'a> {
     pub fn new(shop: &'a dyn Shop, options: ServeOptions, uploads: Option<Uploads<'a>>) -> Self {
-        Self { shop, options, uploads, metrics: Metrics::default() }
+        Self { shop, options, uploads, metrics: Metrics::default(), texts: Mutex::default() }
     }
 
     /// Answers all that comes over a connection.
@@ -285,21 +323,29 @@ impl<'a> Server<'a> {
 
     fn find(&self, part: &str) -> Result<Option<PathInfo>, api::StoreError> {
         let Ok(part) = part.parse::<HashPart>() else { return Ok(None) };
-        match self.shop.store().by_hash_part(part)? {
-            Some(path) => self.shop.store().info(&path),
-            None => Ok(None),
-        }
+        self.shop.store().info_by_hash_part(part)
     }
 
     fn narinfo(&self, part: &str) -> Result<Small, api::StoreError> {
         Ok(match self.find(part)? {
             None => Small::text(404, "there is no such path"),
-            Some(info) => Small::ok(NARINFO, self.text_of(info)),
+            Some(info) => Small::ok(NARINFO, self.text_of(info).as_bytes()),
         })
     }
 
-    /// The text of a narinfo file, signed.
-    fn text_of(&self, mut info: PathInfo) -> String {
+    /// The text of a narinfo file, signed: the one that was made before, if nothing has changed since.
+    fn text_of(&self, info: PathInfo) -> Arc<str> {
+        let texts = || self.texts.lock().unwrap_or_else(PoisonError::into_inner);
+        let part = info.path.hash_part();
+        if let Some((_, text)) = texts().made.get(&part).filter(|(of, _)| *of == info) {
+            return Arc::clone(text);
+        }
+        let text: Arc<str> = self.make_text(info.clone()).into();
+        texts().keep(info, &text);
+        text
+    }
+
+    fn make_text(&self, mut info: PathInfo) -> String {
         let dir = self.shop.store().dir();
         // A path without a size cannot be signed, and is told of without.
         let signatures = self.options.keys.iter().filter_map(|key| key.sign_path(dir, &info).ok());
@@ -314,7 +360,7 @@ impl<'a> Server<'a> {
     fn listing(&self, part: &str) -> Result<Small, api::StoreError> {
         let Some(info) = self.find(part)? else { return Ok(Small::text(404, "there is no such path")) };
         let mut lister = Lines(Lister::new());
-        self.shop.hold(&info.path)?.nar(&info.path, &mut lister)?;
+        self.shop.hold(&info.path)?.nar(0, &mut lister)?;
         Ok(match lister.0.finish() {
             Some(text) => Small::ok("application/json", text),
             None => Small::text(404, "it cannot be listed"),
@@ -343,15 +389,19 @@ impl<'a> Server<'a> {
         };
         let part = asked.query.split('&').find_map(|pair| pair.strip_prefix("hash=")).unwrap_or_default();
         let wanted = name.strip_suffix(".nar").unwrap_or_default();
-        let held = self.find(part).and_then(|info| match info {
+        let found = self.find(part);
+        let held = match &found {
             // Valid still, now that it is held?
-            Some(info) if info.nar_hash.to_hash().encode(Encoding::Base32) == wanted => {
-                let held = self.shop.hold(&info.path)?;
-                Ok(if held.is_valid(&info.path)? { Some((held, info)) } else { None })
+            Ok(Some(info)) if info.nar_hash.to_hash().encode(Encoding::Base32) == wanted => {
+                self.shop.hold(&info.path).and_then(|held| Ok(held.is_valid()?.then_some((held, info))))
             }
-            _ => Ok(None),
-        });
-        let (store, info) = match held {
+            Ok(_) => Ok(None),
+            Err(_) => {
+                self.metrics.errors.fetch_add(1, Ordering::Relaxed);
+                return absent(out, 500, "the store cannot be read");
+            }
+        };
+        let (held, info) = match held {
             Ok(Some(found)) => found,
             Ok(None) => return absent(out, 404, "there is no such archive"),
             Err(_) => {
@@ -380,24 +430,24 @@ impl<'a> Server<'a> {
         if is_head {
             return Ok(true);
         }
-        let sent = if let Some(level) = zstd {
-            let mut encoder = Encoder::new(Method::Zstd, Some(level), 1, Chunks(&mut *out))?;
-            match store.nar(&info.path, &mut encoder) {
-                // Without its end the client knows that it is not whole.
-                Err(_) => return Ok(false),
-                Ok(()) => encoder.finish()?.end()?,
+        let is_whole = if let Some(level) = zstd {
+            let mut encoder = Encoder::new(Method::Zstd, Some(level), 1, Chunks::new(out))?;
+            let written = held.nar(0, &mut encoder).is_ok();
+            if written {
+                encoder.finish()?.end()?;
             }
-            size
+            written
         } else {
-            let mut window = Window { out, skip: from, left: to - from };
-            match store.nar(&info.path, &mut window) {
-                Ok(()) => {}
-                Err(_) if window.left == 0 => {}
-                Err(_) => return Ok(false),
-            }
-            to - from
+            let mut window = Window { out, left: to - from };
+            // Behind a range, or an object that has become longer, it ends with an error.
+            let _ = held.nar(from, &mut window);
+            window.left == 0
         };
-        self.metrics.nar_bytes.fetch_add(sent, Ordering::Relaxed);
+        if !is_whole {
+            // Without its end the client knows that.
+            return Ok(false);
+        }
+        self.metrics.nar_bytes.fetch_add(to - from, Ordering::Relaxed);
         Ok(true)
     }
 
@@ -419,9 +469,10 @@ impl<'a> Server<'a> {
                     None => closure::write(&mut answer, part, None)?,
                 }
             }
-            for path in store.closure(&there, false)? {
-                if let Some(info) = store.info(&path)? {
-                    closure::write(&mut answer, path.hash_part(), Some(&self.text_of(info)))?;
+            let closure: Vec<StorePath> = store.closure(&there, false)?.into_iter().collect();
+            for paths in closure.chunks(READ_TOGETHER) {
+                for info in store.infos(paths)?.into_iter().flatten() {
+                    closure::write(&mut answer, info.path.hash_part(), Some(&self.text_of(info)))?;
                 }
             }
             closure::write_end(&mut answer)?;

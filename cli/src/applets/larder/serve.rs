@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use larder_cache::serve::{Intake, ServeOptions, Server, Shop, Uploads};
+use larder_cache::serve::{Held, Intake, ServeOptions, Server, Shop, Uploads};
 use larder_core::api::{ErrorKind, ReadStore, StoreError};
 use larder_core::narinfo::NarInfo;
 use larder_core::path_info::PathInfo;
@@ -25,7 +25,7 @@ use larder_store::LocalStore;
 use larder_store::deliver::Claim;
 use larder_store::error::StoreError as LocalError;
 
-use crate::applets::nix_store::store::open;
+use crate::applets::nix_store::store::open_for_many;
 use crate::applets::pushing::protect;
 use crate::applets::{Context, print};
 use crate::exit::Failure;
@@ -80,15 +80,31 @@ impl Shop for Counter {
         &self.store
     }
 
-    fn hold(&self, path: &StorePath) -> Result<Box<dyn ReadStore + '_>, StoreError> {
+    fn hold<'s>(&'s self, path: &'s StorePath) -> Result<Box<dyn Held + 's>, StoreError> {
         let session = self.store.session(self.store.options().clone(), self.store.shared_reporter());
         protect(&session, &BTreeSet::from([path.clone()]))?;
-        Ok(Box::new(session))
+        Ok(Box::new(Lent { session, path }))
     }
 
     fn log(&self, drv: &StorePath) -> io::Result<Option<Box<dyn Read + '_>>> {
         let opened = logs::open(self.store.layout(), drv).map_err(io::Error::other)?;
         Ok(opened.map(|log| -> Box<dyn Read> { Box::new(log) }))
+    }
+}
+
+/// A path, and the session that has it as a temporary root.
+struct Lent<'s> {
+    session: LocalStore,
+    path: &'s StorePath,
+}
+
+impl Held for Lent<'_> {
+    fn is_valid(&self) -> Result<bool, StoreError> {
+        Ok(self.session.is_valid(self.path)?)
+    }
+
+    fn nar(&self, skipped: u64, out: &mut dyn io::Write) -> Result<(), StoreError> {
+        Ok(self.session.dump_after(self.path, skipped, out)?)
     }
 }
 
@@ -170,7 +186,7 @@ fn read(path: &PathBuf) -> Result<String, ServeError> {
 
 pub(super) fn serve(cx: &Context, settings: &Settings, args: &Serve) -> Result<(), Failure> {
     let access = if args.write_token_file.is_some() { Access::ReadWrite } else { Access::ReadOnly };
-    let store = open(cx, settings, access)?;
+    let store = open_for_many(cx, settings, access)?;
     let files = settings.secret_key_files.iter().map(PathBuf::from).chain(args.key.iter().cloned());
     let mut keys = Vec::new();
     for file in files {

@@ -135,7 +135,15 @@ pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access
     open_with(cx, settings, access, false)
 }
 
-/// The same, `keeps_pages` for who is going to answer many questions.
+/// The same for who is going to answer many questions.
+pub(in crate::applets) fn open_for_many(
+    cx: &Context,
+    settings: &Settings,
+    access: Access,
+) -> Result<LocalStore, Failure> {
+    open_with(cx, settings, access, true)
+}
+
 fn open_with(cx: &Context, settings: &Settings, access: Access, keeps_pages: bool) -> Result<LocalStore, Failure> {
     let local = local(cx, settings, access)?;
     let access = if local.read_only { Access::ReadOnly } else { access };
@@ -176,7 +184,7 @@ pub(in crate::applets) fn open_for_daemon(
     cx: &Context,
     settings: &Settings,
 ) -> Result<(LocalStore, StoreOptions, conf::LocalStore), Failure> {
-    let store = open_with(cx, settings, Access::ReadWrite, true)?;
+    let store = open_for_many(cx, settings, Access::ReadWrite)?;
     let StoreChoice::Local(local) = choose(&settings.store, &cx.env, Facts::gather(&cx.env, true)?)? else {
         return Err(StoreOpError::NotLocal { uri: settings.store.clone() }.into());
     };
@@ -194,7 +202,7 @@ pub(in crate::applets) fn open_for_daemon(
 /// `--serve`: commands of another machine on standard input and output.
 pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(), Failure> {
     let access = if write { Access::ReadWrite } else { Access::ReadOnly };
-    let local = open_with(cx, &settings, access, true)?;
+    let local = open_for_many(cx, &settings, access)?;
     let voice = Arc::new(RemoteVoice {
         voice: Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() },
         line: StdioLine(cx.interrupt.clone()),
