@@ -1,5 +1,7 @@
 //! Caches over TLS: whom to believe that they are who they say.
 
+use std::time::Duration;
+
 use larder_cache::compress::Method;
 use larder_cache::testing::{Answer, Authority, Identity, Server, Shelf, file_of};
 
@@ -105,4 +107,37 @@ fn servers_that_nobody_vouches_for_are_not_spoken_to() {
     let path = shelf.dir.full(&info.info.path);
     let run = fetch(&house, &shelf, &server.named_url(), &["-r", &path, "--option", "ssl-cert-file", &file]);
     assert_eq!(run.status, Some(0), "{run:?}");
+}
+
+#[test]
+fn a_closure_comes_over_one_connection_unless_http2_is_off() {
+    let house = House::new();
+    let shelf = shelf(&house);
+    let authority = Authority::new("ours");
+    let file = house.write("ours.pem", &authority.pem).display().to_string();
+    let mut infos = vec![shelf.add(1, "first", b"contents", &[], Method::Zstd)];
+    for number in 2..20 {
+        let before: Vec<_> = infos.iter().rev().take(3).map(|info| info.info.path.clone()).collect();
+        let before: Vec<_> = before.iter().collect();
+        infos.push(shelf.add(number, "more", format!("contents {number}").as_bytes(), &before, Method::Xz));
+    }
+    let top = shelf.dir.full(&infos.last().unwrap().info.path);
+    for is_on in [true, false] {
+        let folder = shelf.folder.clone();
+        let identity = authority.vouch("localhost", 2150);
+        let delay = Duration::from_millis(5);
+        let server = Server::multiplex(&identity, delay, move |request| file_of(&folder, request));
+        let words = ["-r", &top, "--option", "ssl-cert-file", &file, "--option", "http2", &is_on.to_string()];
+        let run = fetch(&house, &shelf, &server.named_url(), &words);
+        assert_eq!(run.status, Some(0), "{run:?}");
+        let asked = server.take_requests();
+        assert!(asked.iter().all(|request| request.is_http2 == is_on), "{asked:?}");
+        assert!(asked.len() >= 2 * infos.len(), "{asked:?}");
+        if is_on {
+            assert_eq!(server.connections(), (1, 1));
+        }
+        let all: Vec<String> = infos.iter().rev().map(|info| shelf.dir.full(&info.info.path)).collect();
+        house.words("nix-store", &format!("--delete {}", all.join(" ")));
+        std::fs::remove_dir_all(house.path().join("home/.cache")).unwrap();
+    }
 }

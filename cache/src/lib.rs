@@ -14,11 +14,10 @@
 //! - [`compress`], [`nar`]: archives on their way, decompressed and checked;
 //! - [`mod@write`], [`listing`]: making a cache; [`serve`]: being one; [`closure`]: many paths at once.
 //!
-//! HTTP is spoken with `ureq`: one request a connection at a time, connections kept and used
-//! again, a thread for each request that is open. HTTP/2 would put many requests on one
-//! connection; what counts, the number of requests that are open at once, is `http-connections`
-//! in either case, and so are the rounds. What it would cost is an asynchronous runtime in every
-//! command, for all of its start-up, size and ways to fail.
+//! HTTP/1.1 is spoken with `ureq`: one request a connection at a time, connections kept and used
+//! again. Where a server that is fetched from by TLS offers HTTP/2, many requests share one connection, by
+//! `h2`, which a thread drives without an asynchronous runtime (`client::multiplex`). A thread waits for
+//! each request that is open in either case, and `http-connections` bounds how many that are.
 //!
 //! Source: protocols, section 5.
 

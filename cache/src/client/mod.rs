@@ -4,6 +4,7 @@
 //! Source: protocols, section 5.1.
 
 mod download;
+pub(crate) mod multiplex;
 mod options;
 mod payload;
 #[cfg(test)]
@@ -20,12 +21,16 @@ use std::time::{Duration, Instant};
 
 use larder_core::report::{Level, Reporter, chain};
 use rustix::fs::{Mode, OFlags};
+use ureq::http::request::Parts as Asked;
+use ureq::http::response::Parts as Answered;
 use ureq::http::{self, HeaderMap, Request, header};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
+use ureq::unversioned::resolver::DefaultResolver;
 use ureq::{Agent, BodyReader, Proxy, SendBody};
 
 pub use self::download::Download;
 use self::download::Resume;
+use self::multiplex::{ChoseHttp2, Connection, Entry, Lines, Secure, agreed};
 pub use self::options::{Authorities, ClientOptions, Proxies};
 pub use self::payload::{Contents, Payload};
 use crate::compress;
@@ -54,6 +59,9 @@ const ENCODINGS: &str = "zstd, br, gzip, deflate, bzip2, xz";
 
 /// Bodies from this size on (bytes) are held back until the server says that it wants them.
 const ASK_FIRST_FROM: u64 = 1 << 20;
+
+/// How often it is gone where a server sends.
+const REDIRECTS_MAX: u32 = 10;
 
 /// What a server is asked for.
 #[derive(Debug, Clone, Default)]
@@ -111,6 +119,10 @@ pub struct Client {
     /// Made by the first request, as reading certificates takes time.
     agent: Mutex<Option<Agent>>,
     tls: OnceLock<TlsConfig>,
+    /// The same for servers that may speak HTTP/2.
+    secure: Mutex<Option<Agent>>,
+    agreed: OnceLock<Arc<rustls::ClientConfig>>,
+    lines: Arc<Lines>,
     /// How often all was stopped.
     stops: AtomicU64,
     busy: Mutex<usize>,
@@ -137,10 +149,25 @@ impl Drop for Slot {
 /// An answer whose body is to be read. The body goes first: its connection is to be free again
 /// before another request is.
 struct Open {
-    body: BodyReader<'static>,
+    body: Body,
     _slot: Slot,
     status: u16,
     headers: HeaderMap,
+}
+
+/// The body of an answer, by one version or the other.
+enum Body {
+    Single(Box<BodyReader<'static>>),
+    Many(Box<multiplex::Stream>),
+}
+
+impl Read for Body {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Single(body) => body.read(buf),
+            Self::Many(body) => body.read(buf),
+        }
+    }
 }
 
 impl Open {
@@ -171,6 +198,9 @@ impl Client {
             reporter,
             agent: Mutex::default(),
             tls: OnceLock::new(),
+            secure: Mutex::default(),
+            agreed: OnceLock::new(),
+            lines: Arc::default(),
             stops: AtomicU64::new(0),
             busy: Mutex::default(),
             free: Condvar::new(),
@@ -184,9 +214,12 @@ impl Client {
     /// Ends all requests that are open, soon. Later ones are not concerned.
     pub fn stop(&self) {
         self.stops.fetch_add(1, Ordering::SeqCst);
-        if let Some(agent) = self.agent.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            agent.shutdown();
+        for agent in [&self.agent, &self.secure] {
+            if let Some(agent) = agent.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                agent.shutdown();
+            }
         }
+        self.lines.close();
         self.free.notify_all();
     }
 
@@ -243,7 +276,6 @@ impl Client {
             self.options.authorities.check()?;
         }
         let slot = self.slot(stops)?;
-        let agent = self.agent();
         let url = ask.bucket.as_ref().map_or_else(|| ask.url.clone(), |bucket| bucket.signed(ask.method, &ask.url));
         let mut request = Request::builder().method(ask.method.name()).uri(url);
         if let Some(authorization) = self.authorization(ask) {
@@ -256,12 +288,11 @@ impl Client {
                 request = request.header(header::IF_RANGE, tag);
             }
         }
-        let proxy = self.proxy(&ask.url)?;
         let bad = |error| DownloadError::from(ureq::Error::Http(error));
-        let response = match &ask.payload {
+        let (parts, mut body) = match &ask.payload {
             None => {
-                let request = request.body(()).map_err(bad)?;
-                agent.run(agent.configure_request(request).proxy(proxy).build())
+                let (request, ()) = request.body(()).map_err(bad)?.into_parts();
+                self.follow(request, stops)
             }
             Some(payload) => {
                 for (name, value) in payload.headers() {
@@ -273,13 +304,13 @@ impl Client {
                 let mut body = payload.reader();
                 let request = request.body(SendBody::from_reader(&mut body)).map_err(bad)?;
                 // What was sent is not sent elsewhere because somebody says so.
+                let agent = self.agent();
                 let config = agent.configure_request(request).max_redirects(0).max_redirects_will_error(false);
-                agent.run(config.proxy(proxy).build())
+                let answer = agent.run(config.proxy(self.proxy(&ask.url)?).build());
+                answer.map(single).map_err(DownloadError::from)
             }
-        };
-        let response = response.map_err(|error| self.or_stopped(error.into(), stops))?;
-        let (parts, body) = response.into_parts();
-        let mut body = body.into_reader();
+        }
+        .map_err(|error| self.or_stopped(error, stops))?;
         if !parts.status.is_success() {
             // Read, the connection can be used again; a long text is not worth that.
             let mut text = Vec::new();
@@ -296,6 +327,80 @@ impl Client {
             return Err(DownloadError::Status { code: parts.status.as_u16(), reason });
         }
         Ok(Open { body, _slot: slot, status: parts.status.as_u16(), headers: parts.headers })
+    }
+
+    /// Makes a request, and goes where the servers send.
+    fn follow(self: &Arc<Self>, mut request: Asked, stops: u64) -> Result<(Answered, Body), DownloadError> {
+        for _ in 0..=REDIRECTS_MAX {
+            let url = request.uri.to_string();
+            let proxy = self.proxy(&url)?;
+            if !self.options.http2 || proxy.is_some() || !url.starts_with("https:") {
+                // From here on it follows by itself.
+                let agent = self.agent();
+                let request = Request::from_parts(request, ());
+                return Ok(single(agent.run(agent.configure_request(request).proxy(proxy).build())?));
+            }
+            self.options.authorities.check()?;
+            let answer = self.secure_answer(&request, stops)?;
+            let to = answer.0.headers.get(header::LOCATION).and_then(|to| to.to_str().ok());
+            let (301 | 302 | 303 | 307 | 308, Some(to)) = (answer.0.status.as_u16(), to) else { return Ok(answer) };
+            let failed = || DownloadError::from(ureq::Error::RedirectFailed);
+            let to = url::Url::parse(&url).and_then(|url| url.join(to)).map_err(|_| failed())?;
+            if !matches!(to.scheme(), "http" | "https") {
+                return Err(DownloadError::Scheme { scheme: to.scheme().to_owned() });
+            }
+            request.uri = to.as_str().parse().map_err(|_| failed())?;
+            // Passwords are for whom they were meant for.
+            request.headers.remove(header::AUTHORIZATION);
+        }
+        Err(ureq::Error::TooManyRedirects.into())
+    }
+
+    /// The answer of a server over TLS, in the version that it prefers.
+    fn secure_answer(self: &Arc<Self>, request: &Asked, stops: u64) -> Result<(Answered, Body), DownloadError> {
+        let server = request.uri.authority().map(ToString::to_string).unwrap_or_default();
+        let whole = || Request::from_parts(request.clone(), ());
+        let mut is_fresh = false;
+        loop {
+            let entry = self.lines.enter(&server, || self.is_stopped(stops)).ok_or(DownloadError::Stopped)?;
+            let _scout = match entry {
+                Entry::Single => None,
+                Entry::First(scout) => Some(scout),
+                Entry::Many(connection) => match self.ask_by(&server, &connection, whole()) {
+                    // It may have been closed while nothing was asked.
+                    Err(error) if !is_fresh && error.kind() != io::ErrorKind::TimedOut && !self.is_stopped(stops) => {
+                        is_fresh = true;
+                        continue;
+                    }
+                    answer => return answer.map_err(|error| ureq::Error::Io(error).into()),
+                },
+            };
+            let agent = self.secure_agent();
+            let config = agent.configure_request(whole()).max_redirects(0).max_redirects_will_error(false);
+            match agent.run(config.build()) {
+                Err(ureq::Error::Other(error)) if error.is::<ChoseHttp2>() => is_fresh = true,
+                answer => return Ok(single(answer?)),
+            }
+        }
+    }
+
+    /// Makes a request over a connection for many.
+    fn ask_by(
+        &self,
+        server: &str,
+        connection: &Arc<Connection>,
+        mut request: Request<()>,
+    ) -> io::Result<(Answered, Body)> {
+        let value = header::HeaderValue::from_str(&self.user_agent()).map_err(io::Error::other)?;
+        request.headers_mut().insert(header::USER_AGENT, value);
+        request.headers_mut().insert(header::ACCEPT, header::HeaderValue::from_static("*/*"));
+        *request.version_mut() = http::Version::HTTP_2;
+        let answer = connection.ask(request, self.options.stall_timeout).inspect_err(|_| {
+            // Others may do better by a new one.
+            self.lines.leave(server, connection);
+        })?;
+        let (parts, body) = answer.into_parts();
+        Ok((parts, Body::Many(Box::new(body))))
     }
 
     fn or_stopped(&self, error: DownloadError, stops: u64) -> DownloadError {
@@ -365,22 +470,44 @@ impl Client {
         if let Some(agent) = &*agent {
             return agent.clone();
         }
+        let made = Agent::from(self.config().tls_config(self.tls().clone()).build());
+        *agent = Some(made.clone());
+        made
+    }
+
+    /// The agent for servers that may speak HTTP/2.
+    fn secure_agent(&self) -> Agent {
+        let mut agent = self.secure.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(agent) = &*agent {
+            return agent.clone();
+        }
+        let config = self.agreed.get_or_init(|| {
+            let certificates = certificates(self.options.authorities.pem.as_deref().unwrap_or_default());
+            let certificates = certificates.iter().map(|one| one.der().to_vec().into()).collect();
+            agreed(certificates, self.options.checks_certificates)
+        });
+        let connector = Secure { config: Arc::clone(config), lines: Arc::downgrade(&self.lines) };
+        let made = Agent::with_parts(self.config().build(), connector, DefaultResolver::default());
+        *agent = Some(made.clone());
+        made
+    }
+
+    fn config(&self) -> ureq::config::ConfigBuilder<ureq::typestate::AgentScope> {
         let options = &self.options;
-        let suffix = &options.user_agent_suffix;
-        let blank = if suffix.is_empty() { "" } else { " " };
         let idle = if options.connections == 0 { 25 } else { options.connections };
-        let config = Agent::config_builder()
-            .user_agent(format!("{USER_AGENT}{blank}{suffix}"))
+        Agent::config_builder()
+            .user_agent(self.user_agent())
             .timeout_connect(options.connect_timeout)
             .timeout_per_read(options.stall_timeout)
             .http_status_as_error(false)
             .max_idle_connections(idle)
             .max_idle_connections_per_host(idle)
-            .tls_config(self.tls().clone())
-            .build();
-        let made = Agent::from(config);
-        *agent = Some(made.clone());
-        made
+    }
+
+    fn user_agent(&self) -> String {
+        let suffix = &self.options.user_agent_suffix;
+        let blank = if suffix.is_empty() { "" } else { " " };
+        format!("{USER_AGENT}{blank}{suffix}")
     }
 
     fn tls(&self) -> &TlsConfig {
@@ -394,6 +521,12 @@ impl Client {
             }
         })
     }
+}
+
+/// An answer that came by version 1.1.
+fn single(answer: http::Response<ureq::Body>) -> (Answered, Body) {
+    let (parts, body) = answer.into_parts();
+    (parts, Body::Single(Box::new(body.into_reader())))
 }
 
 /// The certificates of a text; what else is in it is left out.

@@ -53,6 +53,8 @@ pub struct ClientOptions {
     pub user_agent_suffix: String,
     /// Requests at once; 0: as many as are made.
     pub connections: usize,
+    /// Are servers offered HTTP/2?
+    pub http2: bool,
     /// No time: as long as the system waits.
     pub connect_timeout: Option<Duration>,
     /// How long less than a byte a second may come.
@@ -73,6 +75,7 @@ impl Default for ClientOptions {
         Self {
             user_agent_suffix: String::new(),
             connections: 25,
+            http2: true,
             connect_timeout: None,
             stall_timeout: Some(Duration::from_mins(5)),
             attempts: 5,
@@ -94,6 +97,7 @@ impl ClientOptions {
         Self {
             user_agent_suffix: settings.user_agent_suffix.clone(),
             connections: usize::try_from(settings.http_connections).unwrap_or(0),
+            http2: settings.http2,
             connect_timeout: seconds(settings.connect_timeout),
             stall_timeout: seconds(settings.stalled_download_timeout),
             attempts: settings.download_attempts.max(1),

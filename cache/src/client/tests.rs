@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::error::CacheError;
-use crate::testing::{Answer, Request as Asked, Server};
+use crate::testing::{Answer, Authority, Request as Asked, Server};
 use larder_core::report::Silent;
 
 fn options() -> ClientOptions {
@@ -204,4 +204,133 @@ fn passwords_and_proxies_go_where_they_should() {
     let through = client(ClientOptions { proxies, ..options() });
     let got = through.ask(&Ask { url: "http://no.such.host.example/z".into(), ..Ask::default() });
     assert_eq!(read(got).unwrap(), b"text");
+}
+
+/// A server that speaks HTTP/2, and how to believe it.
+fn multiplex(delay_ms: u64, answer: impl Fn(&Asked) -> Answer + Send + Sync + 'static) -> (Server, ClientOptions) {
+    let authority = Authority::new("ours");
+    let server = Server::multiplex(&authority.vouch("127.0.0.1", 2150), Duration::from_millis(delay_ms), answer);
+    let authorities = Authorities { pem: Some(authority.pem), refused: None };
+    (server, ClientOptions { authorities, ..options() })
+}
+
+#[test]
+fn many_requests_share_one_connection_but_not_more_at_once_than_allowed() {
+    let busy = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+    let theirs = Arc::clone(&busy);
+    let (server, options) = multiplex(0, move |request| {
+        let now = theirs[0].fetch_add(1, Ordering::SeqCst) + 1;
+        theirs[1].fetch_max(now, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(10));
+        theirs[0].fetch_sub(1, Ordering::SeqCst);
+        match request.path.len() % 3 {
+            0 => Answer::status(404),
+            _ => Answer::File(request.path.clone().into_bytes()),
+        }
+    });
+    let client = client(ClientOptions { connections: 4, ..options });
+    thread_scope(16, |n| {
+        for m in 0..10 {
+            let path = format!("/{}", "x".repeat(n + m));
+            match read(client.ask(&get(&server, &path))) {
+                Ok(found) => assert_eq!(found, path.as_bytes()),
+                Err(error) => assert!(path.len() % 3 == 0 && error.starts_with("HTTP error 404"), "{error}"),
+            }
+        }
+    });
+    assert_eq!(server.connections(), (1, 1));
+    let asked = server.take_requests();
+    assert_eq!(asked.len(), 160);
+    assert!(asked.iter().all(|request| request.is_http2 && request.headers["user-agent"].starts_with("Larder/")));
+    let most = busy[1].load(Ordering::SeqCst);
+    assert!((2..=4).contains(&most), "{most} at once");
+}
+
+#[test]
+fn version_1_1_where_that_is_wished_or_nothing_else_offered() {
+    let (server, options) = multiplex(0, |_| Answer::File(b"text".to_vec()));
+    let client_1 = client(ClientOptions { http2: false, ..options.clone() });
+    assert_eq!(read(client_1.ask(&get(&server, "/x"))).unwrap(), b"text");
+    let authority = Authority::new("ours");
+    let old = Server::secret(&authority.vouch("127.0.0.1", 2150), |request| match request.path.as_str() {
+        "/absent" => Answer::status(404),
+        _ => Answer::File(b"text".to_vec()),
+    });
+    let client_2 = client(ClientOptions {
+        authorities: Authorities { pem: Some(authority.pem), refused: None },
+        ..options.clone()
+    });
+    for path in ["/x", "/absent", "/y", "/z"] {
+        assert_eq!(read(client_2.ask(&get(&old, path))).is_ok(), path != "/absent");
+    }
+    assert!(server.take_requests().iter().chain(&old.take_requests()).all(|request| !request.is_http2));
+    assert_eq!(old.connections(), (1, 1));
+    // Whom nobody vouches for is believed only by who does not care.
+    let stranger = client(ClientOptions { authorities: Authorities::default(), ..options.clone() });
+    let error = read(stranger.ask(&get(&server, "/x"))).unwrap_err();
+    assert!(error.contains("UnknownIssuer"), "{error}");
+    assert_eq!(server.take_lines(), [""; 0]);
+    let careless = ClientOptions { authorities: Authorities::default(), checks_certificates: false, ..options };
+    assert_eq!(read(client(careless).ask(&get(&server, "/x"))).unwrap(), b"text");
+    assert!(server.take_requests()[0].is_http2);
+}
+
+#[test]
+fn http2_is_tried_again_gone_on_with_and_stopped() {
+    let body: Vec<u8> = (0..=250).cycle().take(9_000_000).collect();
+    let (whole, count) = (body.clone(), AtomicU64::new(0));
+    let elsewhere = Server::start(|_| Answer::File(b"elsewhere".to_vec()));
+    let to = format!("{}/y", elsewhere.url().replace("127.0.0.1", "localhost"));
+    let (server, options) = multiplex(0, move |request| match request.path.as_str() {
+        "/busy" if count.fetch_add(1, Ordering::SeqCst) < 2 => Answer::status(503),
+        "/cut" if !request.headers.contains_key("range") => Answer::cut(&whole, 100_000, true),
+        "/cut" | "/large" => Answer::File(whole.clone()),
+        "/always-cut" => Answer::cut(&whole, 10, false),
+        "/hang" => Answer::Hang(Vec::new()),
+        "/moved" => Answer::redirect(&to),
+        "/near" => Answer::redirect("x"),
+        "/loop" => Answer::redirect("/loop"),
+        "/file" => Answer::redirect("file:///etc/passwd"),
+        _ => Answer::File(b"text".to_vec()),
+    });
+    let netrc = Some("machine 127.0.0.1 login me password p".to_owned());
+    let named = client(ClientOptions { netrc, ..options });
+    let asked = |path: &str| read(named.ask(&get(&server, path)));
+    assert!(asked("/cut").unwrap() == body);
+    let ranges: Vec<_> = server.take_requests().iter().map(|request| request.headers.get("range").cloned()).collect();
+    assert!(ranges.len() == 2 && ranges[1].as_deref().is_some_and(|range| range.starts_with("bytes=")), "{ranges:?}");
+    assert_eq!(asked("/busy").unwrap(), b"text");
+    assert_eq!(server.take_lines().len(), 3);
+    assert!(asked("/always-cut").unwrap_err().contains(": it was cut after "));
+    assert!(asked("/large").unwrap() == body);
+    server.take_requests();
+    // To another host the password does not follow; to the same it need not.
+    assert_eq!(asked("/moved").unwrap(), b"elsewhere");
+    assert_eq!(server.take_requests()[0].headers.get("authorization"), Some(&crate::netrc::basic("me", "p")));
+    assert_eq!(elsewhere.take_requests()[0].headers.get("authorization"), None);
+    assert_eq!(asked("/near").unwrap(), b"text");
+    assert!(asked("/loop").unwrap_err().contains("redirects"));
+    asked("/file").unwrap_err();
+    let head = Ask { method: Method::Head, ..get(&server, "/large") };
+    assert_eq!(read(named.ask(&head)).unwrap(), b"");
+    // What is left half read does not hinder others.
+    let mut half = named.ask(&get(&server, "/large")).unwrap();
+    half.read_exact(&mut [0; 100]).unwrap();
+    assert_eq!(asked("/x").unwrap(), b"text");
+    drop(half);
+    assert!(server.take_requests().iter().all(|request| request.is_http2));
+    assert_eq!(server.connections(), (1, 1));
+    assert!(asked("/hang").unwrap_err().contains("nothing came for 1 seconds"));
+    server.take_requests();
+    let patient = client(ClientOptions { stall_timeout: None, ..named.options.clone() });
+    std::thread::scope(|scope| {
+        let hangs = scope.spawn(|| read(patient.ask(&get(&server, "/hang"))));
+        while server.take_requests().is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        patient.stop();
+        let error = hangs.join().unwrap().unwrap_err();
+        assert!(error.ends_with("the download was stopped"), "{error}");
+    });
+    assert_eq!(read(patient.ask(&get(&server, "/x"))).unwrap(), b"text");
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "tests may panic")]
 #![allow(clippy::missing_panics_doc, reason = "tests may panic")]
 
+mod http2;
 mod tls;
 
 use std::collections::BTreeMap;
@@ -28,6 +29,8 @@ use crate::compress::{Method, compress};
 /// What came.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
+    /// Did it come by HTTP/2?
+    pub is_http2: bool,
     pub method: String,
     /// With the slash at its front.
     pub path: String,
@@ -103,6 +106,17 @@ impl Server {
         Self::run(Some(identity.config()), Duration::ZERO, answer)
     }
 
+    /// The same, which also speaks HTTP/2, each answer after some time.
+    pub fn multiplex(
+        identity: &Identity,
+        delay: Duration,
+        answer: impl Fn(&Request) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        let mut config = rustls::ServerConfig::clone(&identity.config());
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        Self::run(Some(Arc::new(config)), delay, answer)
+    }
+
     fn run(
         tls: Option<Arc<rustls::ServerConfig>>,
         delay: Duration,
@@ -130,9 +144,7 @@ impl Server {
                     let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
                     match tls.map(rustls::ServerConnection::new) {
                         None => serve(stream, &shared, delay, &*answer),
-                        Some(connection) => {
-                            serve(rustls::StreamOwned::new(connection.unwrap(), stream), &shared, delay, &*answer);
-                        }
+                        Some(connection) => serve_tls(connection.unwrap(), stream, &shared, delay, &answer),
                     }
                     shared.open.fetch_sub(1, Ordering::SeqCst);
                 });
@@ -197,6 +209,28 @@ pub fn file_of(folder: &Path, request: &Request) -> Answer {
     std::fs::read(path).map_or_else(|_| Answer::status(404), Answer::File)
 }
 
+fn serve_tls(
+    mut tls: rustls::ServerConnection,
+    mut stream: TcpStream,
+    shared: &Arc<Shared>,
+    delay: Duration,
+    answer: &Arc<impl Fn(&Request) -> Answer + Send + Sync + 'static>,
+) {
+    // Who does not speak TLS, or does not like what is shown, goes away here.
+    while tls.is_handshaking() && !shared.stopped.load(Ordering::SeqCst) {
+        match tls.complete_io(&mut stream) {
+            Ok(_) => {}
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+            Err(_) => return,
+        }
+    }
+    if tls.alpn_protocol() == Some(b"h2") {
+        http2::serve(tls, stream, shared, delay, answer);
+    } else {
+        serve(rustls::StreamOwned::new(tls, stream), shared, delay, &**answer);
+    }
+}
+
 fn serve(mut stream: impl Read + Write, shared: &Shared, delay: Duration, answer: &dyn Fn(&Request) -> Answer) {
     let mut buffer = Vec::new();
     while let Some(request) = read_request(&mut stream, &mut buffer, shared) {
@@ -232,7 +266,7 @@ fn read_request(stream: &mut (impl Read + Write), buffer: &mut Vec<u8>, shared: 
             if buffer.len() >= head + length {
                 let body = buffer[head..head + length].to_vec();
                 buffer.drain(..head + length);
-                return Some(Request { method, path, headers, body });
+                return Some(Request { is_http2: false, method, path, headers, body });
             }
             if headers.contains_key("expect") && std::mem::take(&mut waits) {
                 stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").ok()?;
@@ -252,8 +286,10 @@ fn read_request(stream: &mut (impl Read + Write), buffer: &mut Vec<u8>, shared: 
     }
 }
 
-/// `None`: the connection is to end.
-fn send(stream: &mut (impl Read + Write), request: &Request, answer: Answer, shared: &Shared) -> Option<()> {
+type Whole = (u16, Vec<(String, String)>, Vec<u8>);
+
+/// Status, headers and body of an answer that is whole, or else the answer.
+fn whole(request: &Request, answer: Answer) -> Result<Whole, Answer> {
     let (status, mut headers, body) = match answer {
         Answer::File(bytes) => {
             let range = request
@@ -270,11 +306,21 @@ fn send(stream: &mut (impl Read + Write), request: &Request, answer: Answer, sha
             }
         }
         Answer::Full { status, headers, body } => (status, headers, body),
-        Answer::Raw(bytes) => {
+        other => return Err(other),
+    };
+    headers.push(("Content-Length".into(), body.len().to_string()));
+    Ok((status, headers, body))
+}
+
+/// `None`: the connection is to end.
+fn send(stream: &mut (impl Read + Write), request: &Request, answer: Answer, shared: &Shared) -> Option<()> {
+    let (status, headers, body) = match whole(request, answer) {
+        Ok(whole) => whole,
+        Err(Answer::Raw(bytes)) => {
             let _ = stream.write_all(&bytes);
             return None;
         }
-        Answer::Hang(bytes) => {
+        Err(Answer::Hang(bytes)) => {
             let _ = stream.write_all(&bytes);
             let mut block = [0; 64];
             while !shared.stopped.load(Ordering::SeqCst) {
@@ -285,7 +331,7 @@ fn send(stream: &mut (impl Read + Write), request: &Request, answer: Answer, sha
             }
             return None;
         }
-        Answer::Endless { head, again } => {
+        Err(Answer::Endless { head, again }) => {
             let mut sent = stream.write_all(&head);
             // A gigabyte is as good as without end.
             for _ in 0..(1 << 30) / again.len().max(1) {
@@ -296,8 +342,8 @@ fn send(stream: &mut (impl Read + Write), request: &Request, answer: Answer, sha
             }
             return None;
         }
+        Err(Answer::File(_) | Answer::Full { .. }) => unreachable!("those are whole"),
     };
-    headers.push(("Content-Length".into(), body.len().to_string()));
     let mut head = format!("HTTP/1.1 {status} {}\r\n", if status < 400 { "OK" } else { "Not OK" });
     for (name, value) in headers {
         head.extend([&name, ": ", &value, "\r\n"]);

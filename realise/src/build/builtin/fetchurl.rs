@@ -58,6 +58,7 @@ fn options(given: &Given<'_>) -> ClientOptions {
             pem: text("certificates"),
             refused: text("certificatesRefused").map(|text| SharedError(text.into())),
         },
+        http2: given.option("http2").as_bool().unwrap_or(true),
         checks_certificates: true,
         netrc: text("netrc"),
         proxies: Proxies::from_variables(variable),

@@ -137,6 +137,7 @@ pub(super) fn options(build: &Build<'_>) -> OsString {
         "certificatesRefused": authorities.refused.map(|error| error.to_string()),
         "connectTimeout": values.connect_timeout,
         "flatHash": hash,
+        "http2": values.http2,
         "mirrors": values.hashed_mirrors,
         "netrc": std::fs::read_to_string(&values.netrc_file).ok(),
         "stalledTimeout": values.stalled_download_timeout,
