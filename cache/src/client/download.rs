@@ -2,11 +2,11 @@
 
 use std::io::{self, Read};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ureq::http::header;
 
-use super::{Ask, Client, Method, Open};
+use super::{Ask, Client, LOOK_UP, Method, Open};
 use crate::error::{CacheError, DownloadError};
 
 /// Where to go on, and what the file must be for that.
@@ -31,6 +31,8 @@ pub struct Download {
     stops: u64,
     /// When and where the present time of watching for stalls began.
     watched: (Instant, u64),
+    /// When it began to come.
+    began: Instant,
 }
 
 impl std::fmt::Debug for Download {
@@ -55,6 +57,7 @@ impl Download {
             attempt,
             stops,
             watched: (Instant::now(), 0),
+            began: Instant::now(),
             open: Some(open),
         }
     }
@@ -84,6 +87,26 @@ impl Download {
         }
         self.watched = (Instant::now(), self.at);
         self.at - from < elapsed.as_secs()
+    }
+
+    /// How many bytes may be asked for at once, lest all of a second comes and then nothing for long.
+    fn most(&self, wanted: usize) -> usize {
+        let Some(speed) = self.client.options.speed else { return wanted };
+        wanted.min(usize::try_from(speed.get() / 16).unwrap_or(usize::MAX).max(1))
+    }
+
+    /// Lets time pass until no more has come than is allowed.
+    fn keep_pace(&self) -> Result<(), DownloadError> {
+        let Some(speed) = self.client.options.speed else { return Ok(()) };
+        let nanos = u128::from(self.at) * 1_000_000_000 / u128::from(speed.get());
+        let due = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        while let Some(left) = due.checked_sub(self.began.elapsed()).filter(|left| !left.is_zero()) {
+            if self.client.is_stopped(self.stops) {
+                return Err(DownloadError::Stopped);
+            }
+            std::thread::sleep(left.min(LOOK_UP));
+        }
+        Ok(())
     }
 
     fn resume(&mut self, error: DownloadError) -> Result<(), DownloadError> {
@@ -142,6 +165,8 @@ impl Download {
     }
 
     fn next(&mut self, buf: &mut [u8]) -> Result<usize, DownloadError> {
+        let most = self.most(buf.len());
+        let buf = buf.get_mut(..most).unwrap_or_default();
         loop {
             let Some(open) = &mut self.open else { return Ok(0) };
             let error = match open.body.read(buf) {
@@ -154,6 +179,7 @@ impl Download {
                 },
                 Ok(n) => {
                     self.at += n as u64;
+                    self.keep_pace()?;
                     if !self.is_stalled() {
                         return Ok(n);
                     }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use larder_core::settings::Settings;
@@ -59,6 +60,8 @@ pub struct ClientOptions {
     pub connect_timeout: Option<Duration>,
     /// How long less than a byte a second may come.
     pub stall_timeout: Option<Duration>,
+    /// Bytes a second that one answer may come at, if there is a limit.
+    pub speed: Option<NonZeroU64>,
     /// How often something is tried; at least once.
     pub attempts: u32,
     pub authorities: Authorities,
@@ -78,6 +81,7 @@ impl Default for ClientOptions {
             http2: true,
             connect_timeout: None,
             stall_timeout: Some(Duration::from_mins(5)),
+            speed: None,
             attempts: 5,
             authorities: Authorities::default(),
             checks_certificates: true,
@@ -100,6 +104,7 @@ impl ClientOptions {
             http2: settings.http2,
             connect_timeout: seconds(settings.connect_timeout),
             stall_timeout: seconds(settings.stalled_download_timeout),
+            speed: NonZeroU64::new(settings.download_speed.saturating_mul(1024)),
             attempts: settings.download_attempts.max(1),
             authorities: Authorities::find(&settings.ssl_cert_file, &variable),
             checks_certificates: settings.verify_https_binary_caches,

@@ -180,6 +180,17 @@ fn stopped_at_once_and_good_again() {
 }
 
 #[test]
+fn no_faster_than_allowed() {
+    let body = vec![7; 40_000];
+    let file = body.clone();
+    let server = Server::start(move |_| Answer::File(file.clone()));
+    let client = client(ClientOptions { speed: std::num::NonZeroU64::new(100_000), ..options() });
+    let began = Instant::now();
+    assert!(read(client.ask(&get(&server, "/x"))).unwrap() == body);
+    assert!(began.elapsed() >= Duration::from_millis(400), "{:?}", began.elapsed());
+}
+
+#[test]
 fn passwords_and_proxies_go_where_they_should() {
     let elsewhere = Server::start(|_| Answer::File(b"elsewhere".to_vec()));
     let to = format!("{}/y", elsewhere.url().replace("127.0.0.1", "localhost"));

@@ -4,6 +4,7 @@
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Write as _};
+use std::num::NonZeroU64;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -53,6 +54,7 @@ fn options(given: &Given<'_>) -> ClientOptions {
         connections: 1,
         connect_timeout: seconds("connectTimeout"),
         stall_timeout: seconds("stalledTimeout"),
+        speed: NonZeroU64::new(given.option("downloadSpeed").as_u64().unwrap_or(0).saturating_mul(1024)),
         attempts: given.option("attempts").as_u64().map_or(1, |n| u32::try_from(n).unwrap_or(u32::MAX)),
         authorities: Authorities {
             pem: text("certificates"),

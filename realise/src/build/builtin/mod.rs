@@ -136,6 +136,7 @@ pub(super) fn options(build: &Build<'_>) -> OsString {
         "certificates": authorities.pem,
         "certificatesRefused": authorities.refused.map(|error| error.to_string()),
         "connectTimeout": values.connect_timeout,
+        "downloadSpeed": values.download_speed,
         "flatHash": hash,
         "http2": values.http2,
         "mirrors": values.hashed_mirrors,
