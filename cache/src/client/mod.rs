@@ -60,6 +60,9 @@ const ENCODINGS: &str = "zstd, br, gzip, deflate, bzip2, xz";
 /// Bodies from this size on (bytes) are held back until the server says that it wants them.
 const ASK_FIRST_FROM: u64 = 1 << 20;
 
+/// How often a server may choose HTTP/2 and hang up, until the request counts as failed.
+const CHOICES_MAX: u32 = 4;
+
 /// How often it is gone where a server sends.
 const REDIRECTS_MAX: u32 = 10;
 
@@ -361,7 +364,7 @@ impl Client {
         let server = request.uri.authority().map(ToString::to_string).unwrap_or_default();
         let whole = || Request::from_parts(request.clone(), ());
         let mut is_fresh = false;
-        loop {
+        for _ in 0..CHOICES_MAX {
             let entry = self.lines.enter(&server, || self.is_stopped(stops)).ok_or(DownloadError::Stopped)?;
             let _scout = match entry {
                 Entry::Single => None,
@@ -382,6 +385,8 @@ impl Client {
                 answer => return Ok(single(answer?)),
             }
         }
+        // It is willing, but hangs up each time.
+        Err(ureq::Error::ConnectionFailed.into())
     }
 
     /// Makes a request over a connection for many.
