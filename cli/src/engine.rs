@@ -141,9 +141,10 @@ impl Store for Engine {
             Collect::ListLive | Collect::ListDead => {
                 let say = |text: &str| local.reporter().message(Level::Info, format_args!("{text}"));
                 say("finding garbage collector roots...");
-                let survey = local.survey()?;
+                let lists_live = *what == Collect::ListLive;
+                let survey = if lists_live { local.survey_live() } else { local.survey() }?;
                 say("determining live/dead paths...");
-                let names = if *what == Collect::ListLive { survey.live_names() } else { survey.dead_names() };
+                let names = if lists_live { survey.live_names() } else { survey.dead_names() };
                 return Ok(Collected { paths: names.into_iter().map(full).collect(), bytes_freed: 0 });
             }
             Collect::DeleteDead => {

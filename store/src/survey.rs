@@ -118,11 +118,32 @@ impl LocalStore {
         self.survey_with(StaleLinks::Keep)
     }
 
+    /// As [`Self::survey`], for who asks what lives: the directory is not read, and `invalid` stays empty.
+    pub fn survey_live(&self) -> Result<Survey, StoreError> {
+        self.survey_paths(StaleLinks::Keep)
+    }
+
     /// A collector that is about to delete has the lock, and listens, before it calls this.
     ///
     /// The order matters: the temporary roots, then the ledger, then links and processes, then the
     /// directory. See `docs/gc-protocol.md`.
     pub(crate) fn survey_with(&self, stale: StaleLinks) -> Result<Survey, StoreError> {
+        let mut survey = self.survey_paths(stale)?;
+        let entries = self.each_entry(|name| match entry_kind(&survey.graph, name) {
+            Entry::Ours | Entry::Valid => {}
+            Entry::Trash => survey.trash.push(name.to_owned()),
+            Entry::Invalid(hash_part) if survey.temporary.contains(&hash_part) => {}
+            Entry::Invalid(_) | Entry::Junk => survey.invalid.push(name.to_owned()),
+        });
+        match entries {
+            // There is no store yet.
+            Err(StoreError::File(e)) if e.kind() == std::io::ErrorKind::NotFound => Ok(survey),
+            read => read.map(|()| survey),
+        }
+    }
+
+    /// All of it but the directory.
+    fn survey_paths(&self, stale: StaleLinks) -> Result<Survey, StoreError> {
         let temporary = roots::temporary(self.layout(), stale, self.reporter())?;
         if stale == StaleLinks::Remove {
             // Whoever has no temporary root any more may have died as the ledger was synced for the last time.
@@ -149,16 +170,6 @@ impl LocalStore {
             _legacy_locks: legacy_locks,
         };
         survey.live = live::live(&survey.graph, survey.nodes(&survey.roots), survey.rules);
-        let entries = self.each_entry(|name| match entry_kind(&survey.graph, name) {
-            Entry::Ours | Entry::Valid => {}
-            Entry::Trash => survey.trash.push(name.to_owned()),
-            Entry::Invalid(hash_part) if survey.temporary.contains(&hash_part) => {}
-            Entry::Invalid(_) | Entry::Junk => survey.invalid.push(name.to_owned()),
-        });
-        match entries {
-            // There is no store yet.
-            Err(StoreError::File(e)) if e.kind() == std::io::ErrorKind::NotFound => Ok(survey),
-            read => read.map(|()| survey),
-        }
+        Ok(survey)
     }
 }

@@ -523,11 +523,12 @@ pub(in crate::applets) fn collect(
     }
     let say = |text: &str| cx.terminal.message(Level::Info, format_args!("{text}"));
     say("finding garbage collector roots...");
-    let survey = store.survey()?;
+    let lists_live = action == GcAction::PrintLive;
+    let survey = if lists_live { store.survey_live() } else { store.survey() }?;
     // Nothing is looked at when nothing may be deleted, as in Nix.
     if max_freed_bytes != Some(0) {
         say("determining live/dead paths...");
-        let names = if action == GcAction::PrintLive { survey.live_names() } else { survey.dead_names() };
+        let names = if lists_live { survey.live_names() } else { survey.dead_names() };
         for name in names {
             out.bytes(store.dir().as_str().as_bytes())?;
             out.bytes(b"/")?;
