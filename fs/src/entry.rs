@@ -1,6 +1,6 @@
 //! One directory entry: its status, and acting on it without walking its path again.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -135,6 +135,23 @@ pub(crate) fn clear_frozen_at(dir: BorrowedFd<'_>, name: impl Arg + Copy) -> rus
         FileType::RegularFile | FileType::Directory => clear_frozen(fd),
         _ => Err(Errno::PERM),
     }
+}
+
+/// Calls `each` with the name of every entry but `.` and `..`, in the order of the file system. Where
+/// `dir` itself has been read to does not matter. Makes no copy of a name.
+pub fn each_name(dir: BorrowedFd<'_>, mut each: impl FnMut(&CStr)) -> rustix::io::Result<()> {
+    let own = rustix::fs::openat(dir, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut buffer = Vec::with_capacity(READ_BYTES);
+    let mut entries = RawDir::new(own, buffer.spare_capacity_mut());
+    while let Some(entry) = entries.next() {
+        match entry {
+            Ok(entry) if matches!(entry.file_name().to_bytes(), b"." | b"..") => {}
+            Ok(entry) => each(entry.file_name()),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 /// What one reading of a directory gave.

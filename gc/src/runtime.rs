@@ -23,8 +23,8 @@ use crate::roots::{Root, RootKind};
 /// Programs that the kernel starts.
 const KERNEL_FILES: [&str; 3] = ["modprobe", "fbsplash", "poweroff_cmd"];
 
-/// So many are read in the time that it takes to start a thread.
-const PROCESSES_A_THREAD: usize = 8;
+/// So many are worth a thread, threads of the kernel included, of which there is not much to read.
+const PROCESSES_A_THREAD: usize = 64;
 
 /// Store paths that processes use (valid or not), and errors that may hide some: no memory, no
 /// descriptors, but not that a process has ended or is closed to us. Without `/proc` there are none.
@@ -97,6 +97,10 @@ impl<'a> Uses<'a> {
 
     /// `buffer` is scratch space.
     fn process(&mut self, buffer: &mut Vec<u8>) {
+        // Threads of the kernel, and what has ended, have no program, nor files. They are many.
+        if rustix::fs::readlink(self.dir.join("exe"), Vec::new()) == Err(Errno::NOENT) {
+            return;
+        }
         // All from one directory: the number may be another process's the next moment.
         let dir = match open_dir(CWD, self.dir.as_os_str()) {
             Ok(dir) => dir,
@@ -133,7 +137,11 @@ impl<'a> Uses<'a> {
             match entry {
                 Ok(entry) if is_number(entry.file_name()) => {
                     let number = entry.file_name().to_string_lossy();
-                    let _ = self.link(fds.as_fd(), &number, &format!("fd/{number}"));
+                    match self.link(fds.as_fd(), &number, &format!("fd/{number}")) {
+                        // Who may not trace a process may read none of its links, and there may be many.
+                        Err(Errno::ACCESS | Errno::PERM) => return,
+                        _ => {}
+                    }
                 }
                 Ok(_) => {}
                 Err(e) => return self.failed("reading directory", "fd", e),

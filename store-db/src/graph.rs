@@ -259,16 +259,59 @@ impl KeyIndex {
         usize::try_from(leading(key) >> shift).unwrap_or(usize::MAX - 1)
     }
 
-    fn find(&self, keys: &[[u8; 20]], key: &[u8; 20]) -> Option<u32> {
+    /// Where the bucket of a key lies.
+    fn range(&self, key: &[u8; 20]) -> (u32, u32) {
         let bucket = Self::bucket(self.shift, key);
-        let start = *self.starts.get(bucket)?;
-        let end = *self.starts.get(bucket + 1)?;
+        match self.starts.get(bucket..bucket.saturating_add(2)) {
+            Some(&[start, end]) => (start, end),
+            _ => (0, 0),
+        }
+    }
+
+    fn find_within(keys: &[[u8; 20]], (start, end): (u32, u32), key: &[u8; 20]) -> Option<u32> {
         let within = keys.get(start as usize..end as usize)?;
         // One key as a rule; only chosen keys crowd into one bucket.
         let found =
-            if within.len() <= 8 { within.iter().position(|k| k == key) } else { within.binary_search(key).ok() };
+            if within.len() <= 8 { within.iter().position(|k| same(k, key)) } else { within.binary_search(key).ok() };
         u32::try_from(found?).ok().map(|found| start + found)
     }
+
+    fn find(&self, keys: &[[u8; 20]], key: &[u8; 20]) -> Option<u32> {
+        Self::find_within(keys, self.range(key), key)
+    }
+
+    /// As [`Self::find`] of one after another, but the processor waits for memory once for a handful.
+    fn find_all<'a>(
+        &self,
+        keys: &[[u8; 20]],
+        mut wanted: impl Iterator<Item = &'a [u8; 20]>,
+        mut each: impl FnMut(Option<u32>),
+    ) {
+        const HANDFUL: usize = 16;
+        let mut handful = [(&[0; 20], (0, 0)); HANDFUL];
+        loop {
+            let mut taken = 0;
+            for (slot, key) in handful.iter_mut().zip(&mut wanted) {
+                *slot = (key, self.range(key));
+                taken += 1;
+            }
+            for (key, range) in handful.iter().take(taken) {
+                each(Self::find_within(keys, *range, key));
+            }
+            if taken < HANDFUL {
+                break;
+            }
+        }
+    }
+}
+
+/// Equality of keys, without a call.
+fn same(a: &[u8; 20], b: &[u8; 20]) -> bool {
+    let halves = |key: &[u8; 20]| {
+        let first = key.first_chunk().map_or(0, |bytes| u128::from_ne_bytes(*bytes));
+        (first, key.last_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes)))
+    };
+    halves(a) == halves(b)
 }
 
 impl Graph {
@@ -286,7 +329,7 @@ impl Graph {
         // A damaged ledger may say anything: it decides how much is reserved, up to a limit.
         let count = usize::try_from(r.count()?).unwrap_or(usize::MAX).min(MOST_RESERVED);
         let mut names = Names::with_capacity(count);
-        let mut owners = Vec::new();
+        let mut owners = Vec::with_capacity(count);
         r.for_each(|view| {
             if view.has_references() {
                 owners.push(u32::try_from(names.graph.len()).map_err(|_| DbError::TooLarge { limit: NONE })?);
@@ -316,7 +359,7 @@ impl Graph {
             }
             lists.end_until(*owner)?;
             let keys = parse_references(key.value(), bytes.value())?.0;
-            lists.nodes.extend(keys.iter().filter_map(|key| self.index.find(&self.keys, key)));
+            self.index.find_all(&self.keys, keys.iter(), |node| lists.nodes.extend(node));
         }
         lists.end_until(u32::try_from(self.len()).map_err(|_| DbError::TooLarge { limit: NONE })?)?;
         Ok(lists)
@@ -389,6 +432,15 @@ impl Graph {
 
     pub fn by_hash_part(&self, hash_part: HashPart) -> Option<Node> {
         self.index.find(&self.keys, hash_part.as_bytes()).map(Node)
+    }
+
+    /// As [`Self::by_hash_part`] of one after another, faster where there are many.
+    pub fn by_hash_parts<'a>(
+        &self,
+        hash_parts: impl Iterator<Item = &'a HashPart>,
+        mut each: impl FnMut(Option<Node>),
+    ) {
+        self.index.find_all(&self.keys, hash_parts.map(HashPart::as_bytes), |node| each(node.map(Node)));
     }
 
     /// `HASHPART-NAME`.
@@ -768,7 +820,8 @@ fn neighbours(
 struct Names {
     /// Nothing else than these.
     graph: Graph,
-    derivers: Vec<FoundDeriver>,
+    /// Of those that have one, ascending.
+    derivers: Vec<(u32, FoundDeriver)>,
     /// Ends of names of derivers, where they are not `.drv`.
     deriver_rests: Vec<Box<str>>,
 }
@@ -782,10 +835,8 @@ struct FoundDeriver {
 }
 
 impl FoundDeriver {
-    /// As `rest`: there is no deriver at all.
-    const ABSENT: u32 = NONE;
     /// As `rest`: the name goes on with `.drv`.
-    const DRV: u32 = NONE - 1;
+    const DRV: u32 = NONE;
 }
 
 impl Names {
@@ -798,7 +849,7 @@ impl Names {
                 nar_sizes_bytes: Vec::with_capacity(paths),
                 ..Graph::default()
             },
-            derivers: Vec::with_capacity(paths),
+            derivers: Vec::new(),
             deriver_rests: Vec::new(),
         }
     }
@@ -816,32 +867,37 @@ impl Names {
     }
 
     fn push(&mut self, view: &RecordView<'_>) -> Result<(), DbError> {
-        self.graph.push_name(view.path(), view.nar_size_bytes)?;
-        let deriver = match view.deriver() {
-            None => FoundDeriver { key: [0; 20], shared: 0, rest: FoundDeriver::ABSENT },
-            Some(deriver) => {
-                let [shared, rest] = deriver.name;
-                let rest = if rest == ".drv" {
-                    FoundDeriver::DRV
-                } else {
-                    self.deriver_rests.push(rest.into());
-                    u32::try_from(self.deriver_rests.len() - 1).map_err(|_| DbError::TooLarge { limit: NONE })?
-                };
-                let shared = u8::try_from(shared.len()).expect("it is read from a byte");
-                FoundDeriver { key: *deriver.hash_part.as_bytes(), shared, rest }
-            }
+        let Some(deriver) = view.deriver() else {
+            return self.graph.push_name(view.path(), view.nar_size_bytes);
         };
-        self.derivers.push(deriver);
-        Ok(())
+        let number = |len: usize| u32::try_from(len).map_err(|_| DbError::TooLarge { limit: NONE });
+        let [shared, rest] = deriver.name;
+        let rest = if rest == ".drv" {
+            FoundDeriver::DRV
+        } else {
+            self.deriver_rests.push(rest.into());
+            number(self.deriver_rests.len() - 1)?
+        };
+        let shared = u8::try_from(shared.len()).expect("it is read from a byte");
+        let found = FoundDeriver { key: *deriver.hash_part.as_bytes(), shared, rest };
+        self.derivers.push((number(self.graph.len())?, found));
+        self.graph.push_name(view.path(), view.nar_size_bytes)
     }
 
     /// The same in the order of the keys, which is given.
     fn sorted(self, order: &[u32]) -> Result<Self, DbError> {
         let mut sorted = Self { deriver_rests: self.deriver_rests, ..Self::with_capacity(order.len()) };
-        for node in order.iter().map(|n| Node(*n)) {
+        let mut places = vec![NONE; order.len()];
+        for (to, from) in (0..).zip(order) {
+            let node = Node(*from);
             sorted.graph.push_name(self.graph.path_ref(node), self.graph.nar_size_bytes(node))?;
-            sorted.derivers.extend(self.derivers.get(node.index()));
+            if let Some(place) = places.get_mut(node.index()) {
+                *place = to;
+            }
         }
+        let place = |(from, found): (u32, _)| Some((*places.get(from as usize)?, found));
+        sorted.derivers = self.derivers.into_iter().filter_map(place).collect();
+        sorted.derivers.sort_unstable_by_key(|(node, _)| *node);
         Ok(sorted)
     }
 
@@ -852,9 +908,6 @@ impl Names {
 
     /// The recorded deriver of the `n`th path, whose name is `own`, if it is there.
     fn deriver_of(&self, found: FoundDeriver, own: Node) -> Option<Node> {
-        if found.rest == FoundDeriver::ABSENT {
-            return None;
-        }
         let rest =
             if found.rest == FoundDeriver::DRV { ".drv" } else { self.deriver_rests.get(found.rest as usize)? };
         let node = Node(self.graph.index.find(&self.graph.keys, &found.key)?);
@@ -864,9 +917,14 @@ impl Names {
     }
 
     fn into_graph(mut self, references: Lists) -> Graph {
-        let derivers = self.graph.nodes().zip(&self.derivers);
-        let derivers =
-            derivers.map(|(node, found)| self.deriver_of(*found, node).map_or(NONE, |node| node.0)).collect();
+        let mut derivers = vec![NONE; self.graph.len()];
+        for (node, found) in &self.derivers {
+            if let (Some(slot), Some(deriver)) =
+                (derivers.get_mut(*node as usize), self.deriver_of(*found, Node(*node)))
+            {
+                *slot = deriver.0;
+            }
+        }
         self.graph.derivers = derivers;
         self.graph.references = references;
         self.graph

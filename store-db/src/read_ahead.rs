@@ -25,7 +25,7 @@ const GAP_BYTES: u64 = 4096;
 const SINGLE: u32 = 12;
 /// What is read ahead at first, and at most.
 const FIRST_BYTES: usize = 16 * 1024;
-const MOST_BYTES: usize = 128 * 1024;
+const MOST_BYTES: usize = 32 * 1024;
 
 /// A file that is only read, by the handle that answers snapshots.
 #[derive(Debug)]

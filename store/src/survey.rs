@@ -1,6 +1,7 @@
 //! What is alive and what is garbage, at one moment.
 
 use std::ffi::{OsStr, OsString};
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt as _;
 
 use larder_core::hash_part::HashPart;
@@ -87,17 +88,51 @@ pub(crate) fn entry_kind(graph: &Graph, name: &OsStr) -> Entry {
     if is_trash(name) {
         return Entry::Trash;
     }
-    // Nearly all are valid: no path is made of those.
-    if let Some((hash_part, _)) = name.as_bytes().split_first_chunk::<{ HashPart::TEXT_LEN }>()
-        && let Ok(hash_part) = HashPart::parse(hash_part)
-        && let Some(node) = graph.by_hash_part(hash_part)
-        && graph.base_name(node).as_bytes() == name.as_bytes()
-    {
-        return Entry::Valid;
-    }
     match StorePath::from_base_name(name.as_bytes()) {
+        Ok(path) if graph.node(&path).is_some() => Entry::Valid,
         Ok(path) => Entry::Invalid(path.hash_part()),
         Err(_) => Entry::Junk,
+    }
+}
+
+/// Names of entries of the store directory on their way. Nearly all are those of valid paths, which
+/// are looked up together, and of which nothing is made.
+#[derive(Default)]
+struct Names<'a> {
+    text: Vec<u8>,
+    /// Of each name that begins like that of a path: its hash part, and where it lies.
+    hash_parts: Vec<(HashPart, Range<usize>)>,
+    /// The base names of the valid paths with these hash parts.
+    valid: Vec<Option<&'a str>>,
+}
+
+impl<'a> Names<'a> {
+    /// What may be looked up together.
+    const MOST: usize = 256;
+
+    /// Calls `each` with what is known by itself to be no valid path, and with what turns out to be none.
+    fn push(&mut self, graph: &'a Graph, name: &OsStr, each: &mut impl FnMut(&OsStr)) {
+        let bytes = name.as_bytes();
+        let hash_part = bytes.first_chunk::<{ HashPart::TEXT_LEN }>().and_then(|text| HashPart::parse(text).ok());
+        let Some(hash_part) = hash_part else { return each(name) };
+        let start = self.text.len();
+        self.text.extend_from_slice(bytes);
+        self.hash_parts.push((hash_part, start..self.text.len()));
+        if self.hash_parts.len() >= Self::MOST {
+            self.finish(graph, each);
+        }
+    }
+
+    fn finish(&mut self, graph: &'a Graph, each: &mut impl FnMut(&OsStr)) {
+        let hash_parts = self.hash_parts.iter().map(|(hash_part, _)| hash_part);
+        graph.by_hash_parts(hash_parts, |node| self.valid.push(node.map(|node| graph.base_name(node))));
+        for ((_, range), valid) in self.hash_parts.drain(..).zip(self.valid.drain(..)) {
+            let name = self.text.get(range).unwrap_or_default();
+            if valid.is_none_or(|valid| valid.as_bytes() != name) {
+                each(OsStr::from_bytes(name));
+            }
+        }
+        self.text.clear();
     }
 }
 
@@ -129,12 +164,16 @@ impl LocalStore {
     /// directory. See `docs/gc-protocol.md`.
     pub(crate) fn survey_with(&self, stale: StaleLinks) -> Result<Survey, StoreError> {
         let mut survey = self.survey_paths(stale)?;
-        let entries = self.each_entry(|name| match entry_kind(&survey.graph, name) {
+        let Survey { graph, invalid, temporary, trash, .. } = &mut survey;
+        let mut each = |name: &OsStr| match entry_kind(graph, name) {
             Entry::Ours | Entry::Valid => {}
-            Entry::Trash => survey.trash.push(name.to_owned()),
-            Entry::Invalid(hash_part) if survey.temporary.contains(&hash_part) => {}
-            Entry::Invalid(_) | Entry::Junk => survey.invalid.push(name.to_owned()),
-        });
+            Entry::Trash => trash.push(name.to_owned()),
+            Entry::Invalid(hash_part) if temporary.contains(&hash_part) => {}
+            Entry::Invalid(_) | Entry::Junk => invalid.push(name.to_owned()),
+        };
+        let mut names = Names::default();
+        let entries = self.each_entry(|name| names.push(graph, name, &mut each));
+        names.finish(graph, &mut each);
         match entries {
             // There is no store yet.
             Err(StoreError::File(e)) if e.kind() == std::io::ErrorKind::NotFound => Ok(survey),

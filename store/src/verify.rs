@@ -159,14 +159,8 @@ impl LocalStore {
                 std::io::Error::from(e),
             )
         };
-        for entry in rustix::fs::Dir::read_from(self.object_dir()?).map_err(at)? {
-            let entry = entry.map_err(at)?;
-            let name = entry.file_name();
-            if name != c"." && name != c".." {
-                each(OsStr::from_bytes(name.to_bytes()));
-            }
-        }
-        Ok(())
+        let dir = self.object_dir()?;
+        Ok(larder_fs::entry::each_name(dir, |name| each(OsStr::from_bytes(name.to_bytes()))).map_err(at)?)
     }
 
     /// Does the ledger agree with itself?
