@@ -89,7 +89,7 @@ pub(crate) fn launcher(control: OwnedFd, job: OwnedFd) -> ! {
             drop(report.send(control.as_fd()));
             sys::exit(0)
         }
-        Job::Zygote => zygote::zygote(control),
+        Job::Zygote { filtered } => zygote::zygote(control, filtered),
         Job::Probe => {
             drop(Report::Support(Box::new(support::try_all())).send(control.as_fd()));
             sys::exit(0)

@@ -3,10 +3,11 @@
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-use crate::filter;
+use crate::filter::{self, Part};
 use crate::plan::{Ids, InsideIds, Isolation, Plan, Root, Scope};
 use crate::report::{During, SetupError, Step};
 use crate::sys;
+use crate::zygote;
 
 /// First version of Landlock with scopes.
 const LANDLOCK_SCOPES: u32 = 6;
@@ -79,13 +80,14 @@ pub(crate) fn become_builder(
     }
     user_namespace()?;
     if plan.no_new_privileges {
-        rustix::thread::set_no_new_privs(true)
-            .during("prctl(PR_SET_NO_NEW_PRIVS)", || "giving up new privileges".into())?;
+        no_new_privileges()?;
     }
     set_scope(plan.scope)?;
     if plan.filter_syscalls {
-        sys::install_filter(&filter::program())
-            .during("seccomp(SECCOMP_SET_MODE_FILTER)", || "installing the system call filter".into())?;
+        if !zygote::is_filtered() {
+            install_filter(Part::Early)?;
+        }
+        install_filter(Part::Late)?;
     }
     let is_sandboxed = matches!(plan.isolation, Isolation::Root(_));
     let gives_up_all = is_sandboxed || plan.ids.is_some();
@@ -106,6 +108,16 @@ pub(crate) fn become_builder(
         rustix::thread::set_capabilities(None, sets).during("capset", || "dropping all capabilities".into())?;
     }
     Ok(())
+}
+
+pub(crate) fn no_new_privileges() -> Step<()> {
+    rustix::thread::set_no_new_privs(true).during("prctl(PR_SET_NO_NEW_PRIVS)", || "giving up new privileges".into())
+}
+
+/// For this process and all that come from it.
+pub(crate) fn install_filter(part: Part) -> Step<()> {
+    sys::install_filter(&filter::program(part))
+        .during("seccomp(SECCOMP_SET_MODE_FILTER)", || "installing the system call filter".into())
 }
 
 /// No capability can be had again, not even from a file.

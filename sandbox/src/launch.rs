@@ -60,8 +60,10 @@ impl Launcher {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Job {
     Build(Box<Plan>),
-    /// Fork launchers.
-    Zygote,
+    /// Fork launchers, with the early part of the filter or without.
+    Zygote {
+        filtered: bool,
+    },
     /// Kill all processes of a user.
     KillUser(u32),
     /// Try what the kernel allows.
@@ -141,7 +143,8 @@ pub fn launch(plan: &Plan, launcher: &Launcher) -> Result<Child, LaunchError> {
     }
     let (master, slave) = open_terminal(plan).map_err(LaunchError::Terminal)?;
     let job = job_file(&Job::Build(Box::new(plan.clone()))).map_err(LaunchError::Job)?;
-    let mut running = Running::fork(job.as_fd(), launcher, slave.as_fd())?;
+    let filtered = plan.filter_syscalls && plan.no_new_privileges;
+    let mut running = Running::fork(job.as_fd(), launcher, Some(filtered), slave.as_fd())?;
     drop(slave);
     match running.receive(launcher)? {
         Report::Ready => Ok(Child { log: Log(File::from(master)), running, ended: None }),
@@ -157,7 +160,7 @@ pub fn kill_user(uid: u32, launcher: &Launcher) -> Result<(), LaunchError> {
     }
     let null = open_null().map_err(LaunchError::Job)?;
     let job = job_file(&Job::KillUser(uid)).map_err(LaunchError::Job)?;
-    match Running::fork(job.as_fd(), launcher, null.as_fd())?.receive(launcher)? {
+    match Running::fork(job.as_fd(), launcher, None, null.as_fd())?.receive(launcher)? {
         Report::Killed => Ok(()),
         Report::Failed(error) => Err(LaunchError::Setup(error)),
         report => Err(unexpected(&report)),
@@ -298,11 +301,16 @@ impl Running {
         }
     }
 
-    /// Has a launcher forked.
-    fn fork(job: BorrowedFd<'_>, launcher: &Launcher, output: BorrowedFd<'_>) -> Result<Self, LaunchError> {
+    /// Has a launcher forked, filtered or not if it is told.
+    fn fork(
+        job: BorrowedFd<'_>,
+        launcher: &Launcher,
+        filtered: Option<bool>,
+        output: BorrowedFd<'_>,
+    ) -> Result<Self, LaunchError> {
         // A zygote that somebody has killed is followed by another; one more death is a fault.
         for _ in 0..2 {
-            let zygote = launcher.nest.zygote(launcher)?;
+            let zygote = launcher.nest.zygote(launcher, filtered)?;
             if let Ok(control) = zygote.fork(job, output) {
                 match Report::receive_with(control.as_fd()).map_err(LaunchError::Follow)? {
                     (Some(Report::Started(pid)), Some(pidfd)) => {

@@ -3,6 +3,7 @@
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::filter::Part;
 use crate::ids;
 use crate::launch::{Job, LaunchError, Launcher, ask, unexpected};
 use crate::report::{During, Report, SetupError, Step};
@@ -111,8 +112,7 @@ fn try_terminal() -> Step<()> {
 }
 
 fn try_filter() -> Step<()> {
-    rustix::thread::set_no_new_privs(true)
-        .during("prctl(PR_SET_NO_NEW_PRIVS)", || "giving up new privileges".into())?;
-    sys::install_filter(&crate::filter::program())
-        .during("seccomp(SECCOMP_SET_MODE_FILTER)", || "installing the system call filter".into())
+    ids::no_new_privileges()?;
+    ids::install_filter(Part::Early)?;
+    ids::install_filter(Part::Late)
 }

@@ -7,13 +7,16 @@
 //! itself; from then on it is as if it had been executed, but for its parent, which does not look
 //! after it: it ends when its own socket does.
 //!
+//! There are two at most: one that has the early part of the filter already, which its launchers
+//! inherit, and one without, for builders that are to have none.
+//!
 //! The zygote ends with the socket on which it is asked, and so with whoever has started it.
 
 use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -23,6 +26,8 @@ use rustix::net::{
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::enter;
+use crate::filter::Part;
+use crate::ids;
 use crate::launch::{Job, LaunchError, Launcher, job_file, open_null, unexpected};
 use crate::report::{Report, SetupError, tell_failure};
 use crate::sys::{self, Forked, Words};
@@ -34,9 +39,10 @@ const LAUNCHER_NAME: &CStr = c"larder-launcher";
 /// Descriptors of a request.
 const ASKED_WITH: usize = 3;
 
-/// The zygote of whoever shares this: executed when it is first needed, and anew if it was killed.
+/// The zygotes of whoever shares this, plain and filtered: executed when they are first needed, and
+/// anew if they were killed.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Nest(Arc<Mutex<Option<Arc<Zygote>>>>);
+pub(crate) struct Nest(Arc<Mutex<[Option<Arc<Zygote>>; 2]>>);
 
 #[derive(Debug)]
 pub(crate) struct Zygote {
@@ -53,30 +59,36 @@ impl Drop for Zygote {
 }
 
 impl Nest {
-    /// The zygote that is there, or a new one.
-    pub(crate) fn zygote(&self, launcher: &Launcher) -> Result<Arc<Zygote>, LaunchError> {
-        let mut place = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(zygote) = &*place {
+    /// The zygote that is there, or a new one; any will do if `filtered` is not told.
+    pub(crate) fn zygote(&self, launcher: &Launcher, filtered: Option<bool>) -> Result<Arc<Zygote>, LaunchError> {
+        let mut places = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let [plain, with_filter] = &mut *places;
+        let (place, filtered) = match filtered {
+            Some(true) => (with_filter, true),
+            None if with_filter.is_some() => (with_filter, true),
+            Some(false) | None => (plain, false),
+        };
+        if let Some(zygote) = place {
             return Ok(Arc::clone(zygote));
         }
-        let zygote = Arc::new(Zygote::start(launcher)?);
+        let zygote = Arc::new(Zygote::start(launcher, filtered)?);
         *place = Some(Arc::clone(&zygote));
         Ok(zygote)
     }
 
     /// This one is of no use any more.
     pub(crate) fn forget(&self, zygote: &Arc<Zygote>) {
-        let mut place = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if place.as_ref().is_some_and(|kept| Arc::ptr_eq(kept, zygote)) {
-            *place = None;
+        let mut places = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for place in &mut *places {
+            place.take_if(|kept| Arc::ptr_eq(kept, zygote));
         }
     }
 }
 
 impl Zygote {
-    fn start(launcher: &Launcher) -> Result<Self, LaunchError> {
+    fn start(launcher: &Launcher, filtered: bool) -> Result<Self, LaunchError> {
         let null = open_null().map_err(LaunchError::Job)?;
-        let (pid, socket) = execute(&Job::Zygote, launcher, null.as_fd())?;
+        let (pid, socket) = execute(&Job::Zygote { filtered }, launcher, null.as_fd())?;
         let zygote = Self { pid, socket };
         match Report::receive(zygote.socket.as_fd()).map_err(LaunchError::Follow)? {
             Some(Report::Ready) => Ok(zygote),
@@ -111,8 +123,23 @@ fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }
 
+/// Set once, by a zygote before it has children.
+static FILTERED: OnceLock<()> = OnceLock::new();
+
+/// Has this process come from a zygote that has the early part of the filter?
+pub(crate) fn is_filtered() -> bool {
+    FILTERED.get().is_some()
+}
+
 /// What the zygote does.
-pub(crate) fn zygote(socket: OwnedFd) -> ! {
+pub(crate) fn zygote(socket: OwnedFd, filtered: bool) -> ! {
+    if filtered {
+        if let Err(e) = ids::no_new_privileges().and_then(|()| ids::install_filter(Part::Early)) {
+            tell_failure(&socket, e);
+            sys::exit(1)
+        }
+        let _ = FILTERED.set(());
+    }
     // For people; what cannot be named goes without.
     let _ = rustix::thread::set_name(ZYGOTE_NAME);
     let Ok(signals) = sys::child_signals() else { sys::exit(1) };

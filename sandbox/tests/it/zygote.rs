@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use larder_sandbox::launch::{Child, Ended, launch};
+use larder_sandbox::plan::Plan;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::house::{House, is_alive, launcher, log_until};
@@ -42,6 +43,31 @@ fn one_is_executed_for_all_and_ends_with_them() {
         assert_eq!(child.wait().unwrap(), Ended::Exited(7));
     }
     until_gone(zygote);
+}
+
+/// A filter cannot be taken off, so a builder that is to have none comes from another.
+#[test]
+fn with_the_filter_and_without() {
+    const SCRIPT: &str = "grep Seccomp: /proc/self/status; echo end; while [ ! -e go ]; do sleep 0.01; done";
+    let launcher = launcher();
+    let said = |filter_syscalls: bool, is_sandboxed: bool| {
+        let house = House::new();
+        let plan = if is_sandboxed { house.plan(SCRIPT) } else { house.plain(SCRIPT) };
+        let mut child = launch(&Plan { filter_syscalls, ..plan }, &launcher).unwrap();
+        let said = log_until(&mut child, "end");
+        let parent = parent(&child);
+        std::fs::write(house.build.join("go"), "").unwrap();
+        assert_eq!(child.wait().unwrap(), Ended::Exited(0));
+        (said, parent)
+    };
+    let [with, without] = [true, false].map(|filter| said(filter, true));
+    assert!(with.0.contains("Seccomp:\t2"), "{with:?}");
+    assert!(without.0.contains("Seccomp:\t0"), "{without:?}");
+    assert_ne!(with.1, without.1);
+    for is_sandboxed in [true, false] {
+        assert_eq!(said(true, is_sandboxed), with);
+        assert_eq!(said(false, is_sandboxed), without);
+    }
 }
 
 /// Those that run go on, and the next has another parent.
