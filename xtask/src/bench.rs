@@ -11,6 +11,7 @@ mod building;
 mod caches;
 mod daemon;
 mod garbage;
+mod place;
 
 use std::ffi::OsString;
 use std::fmt::Write as _;

@@ -88,9 +88,15 @@ fn children_cpu_s() -> f64 {
     ticks("self", 13, 2)
 }
 
-/// CPU time of a process and of its children that ended so far, in seconds.
-pub(crate) fn process_cpu_s(pid: u32) -> f64 {
-    ticks(&pid.to_string(), 11, 4)
+/// CPU time of a process, of all that have come from it and run, and of those that ended and were
+/// waited for by one of these, in seconds.
+pub(crate) fn tree_cpu_s(pid: u32) -> f64 {
+    let mut all = ticks(&pid.to_string(), 11, 4);
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let children = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        all += children.split_whitespace().filter_map(|child| child.parse().ok()).map(tree_cpu_s).sum::<f64>();
+    }
+    all
 }
 
 /// Some figures of `/proc/PID/stat`, counted behind the name, as seconds.

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use super::garbage::copy;
+use super::place::Place;
 use super::{Bench, Goal, Reset, cpu, fresh_store, remove};
 use crate::run::{Failed, Job, Side, say};
 
@@ -11,8 +12,13 @@ use crate::run::{Failed, Job, Side, say};
 const SMALL: usize = 300;
 const GRAPH: usize = 10_000;
 
-/// The settings that both sides get. Nobody has a group of build users, so that both do the same.
-pub(super) fn configured(mut job: Job, sandbox: bool) -> Job {
+/// The settings that both sides get. Nobody has a group of build users, so that both do the same, and
+/// builders work beside the store.
+pub(super) fn configured(side: &Side, mut job: Job, sandbox: bool) -> Job {
+    let tmp = side.dir.with_extension("tmp");
+    if std::fs::create_dir_all(&tmp).is_ok() {
+        job.env.push(("TMPDIR".into(), tmp.display().to_string()));
+    }
     let text = format!(
         "build-users-group =\nsandbox = {sandbox}\nsandbox-fallback = false\nsandbox-paths = /bin /usr /lib /lib64?\n\
          substituters =\nmax-jobs = 2"
@@ -40,28 +46,25 @@ fn lines(bytes: &[u8]) -> Vec<String> {
 }
 
 impl Bench {
-    /// On a disk: what is in `/dev/shm` no sandbox shows.
     pub(super) fn building(&mut self) -> Result<(), Failed> {
-        let disk = std::env::temp_dir().join(format!("larder-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&disk)?;
+        let names = ["300 derivations", "nothing to do", "to the first instruction"];
+        if !names.iter().any(|name| self.wanted(name)) {
+            return Ok(());
+        }
+        let place = Place::new("builds")?;
         let mut there = Self {
-            work: disk.clone(),
-            nix: self.nix.as_ref().map(|side| Side::nix(&side.program, &disk.join("nix"))),
-            larder: Side::larder(&self.larder.program, &disk.join("larder")),
+            work: place.dir.clone(),
+            nix: self.nix.as_ref().map(|side| Side::nix(&side.program, &place.dir.join("nix"))),
+            larder: Side::larder(&self.larder.program, &place.dir.join("larder")),
             filters: self.filters.clone(),
             failures: 0,
         };
         let outcome = there.building_there();
         self.failures += there.failures;
-        remove(&disk);
         outcome
     }
 
     fn building_there(&mut self) -> Result<(), Failed> {
-        let names = ["300 derivations", "nothing to do", "to the first instruction"];
-        if !names.iter().any(|name| self.wanted(name)) {
-            return Ok(());
-        }
         let folder = self.work.join("recipes");
         std::fs::create_dir_all(&folder)?;
         let small: Vec<PathBuf> =
@@ -143,7 +146,7 @@ impl Bench {
             let name = format!("-r -j2 of 300 derivations, {}", if sandbox { "sandboxed" } else { "unsandboxed" });
             let job = |side: &Side| {
                 let words = ["-r", "-j2", "--quiet", "--quiet"].map(str::to_owned);
-                configured(side.job(words.into_iter().chain(paths_of(side))), sandbox)
+                configured(side, side.job(words.into_iter().chain(paths_of(side))), sandbox)
             };
             self.row(&name, cpu(most), &job, again)?;
         }
@@ -206,7 +209,8 @@ impl Bench {
         let of = |side: &Side, from: usize| -> Job {
             let paths = added.iter().find(|(dir, _)| *dir == side.dir).map(|(_, paths)| paths.get(from..));
             let paths = paths.flatten().unwrap_or_default();
-            configured(side.job(["-r", "--quiet"].map(str::to_owned).into_iter().chain(paths.iter().cloned())), false)
+            let words = ["-r", "--quiet"].map(str::to_owned).into_iter().chain(paths.iter().cloned());
+            configured(side, side.job(words), false)
         };
         let tenth = Goal { cpu: Some(0.1), wall: None, peak_mib: None };
         self.row(names[0], tenth, &|side| of(side, 0), None)?;

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use super::building::configured;
 use super::garbage::copy;
+use super::place::Place;
 use super::{Bench, ROUNDS, Random, fresh_store, remove, write_registrations};
-use crate::run::{Cost, Failed, Job, Side, median, process_cpu_s, resident_mib, say};
+use crate::run::{Cost, Failed, Job, Side, median, resident_mib, say, tree_cpu_s};
 
 /// Connections that are made for one figure, and paths that are asked for on one of them.
 const CONNECTIONS: u32 = 200;
@@ -33,7 +34,7 @@ impl Drop for Server {
 impl Server {
     fn start(side: &Side) -> Result<Self, Failed> {
         let socket = side.dir.join("socket");
-        let mut job = configured(side.applet("nix-daemon", Vec::<String>::new()), false);
+        let mut job = configured(side, side.applet("nix-daemon", Vec::<String>::new()), false);
         job.env.push(("NIX_DAEMON_SOCKET_PATH".into(), socket.display().to_string()));
         let server = Self { child: job.spawn()?, socket };
         let since = Instant::now();
@@ -56,9 +57,9 @@ impl Server {
         job
     }
 
-    /// CPU time of the daemon, and of children that it has waited for.
+    /// CPU time of the daemon and of all that it has started.
     fn cpu_s(&self) -> f64 {
-        process_cpu_s(self.child.id())
+        tree_cpu_s(self.child.id())
     }
 
     /// What `job` costs the daemon.
@@ -209,11 +210,8 @@ impl Bench {
 
     /// 300 small builds, by the daemon and without it.
     fn daemon_builds(&mut self) -> Result<(), Failed> {
-        let disk = std::env::temp_dir().join(format!("larder-bench-daemon-{}", std::process::id()));
-        std::fs::create_dir_all(&disk)?;
-        let outcome = self.daemon_builds_on(&disk);
-        remove(&disk);
-        outcome
+        let place = Place::new("daemon")?;
+        self.daemon_builds_on(&place.dir)
     }
 
     fn daemon_builds_on(&mut self, disk: &Path) -> Result<(), Failed> {
@@ -229,7 +227,7 @@ impl Bench {
         let saved = side.dir.with_extension("saved");
         copy(&side.dir, &saved)?;
         let words = ["-r", "-j2", "--quiet", "--quiet"].map(str::to_owned);
-        let direct = configured(side.job(words.into_iter().chain(paths)), false);
+        let direct = configured(&side, side.job(words.into_iter().chain(paths)), false);
         let (mut with, mut without) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             for through in [false, true] {
