@@ -403,11 +403,21 @@ fn people_write_derivations() {
         (r#"{"name": "x", "builder": "b", "files": {"src": 1}}"#, "files.src in 'x.json' should be the name of a file"),
         (
             r#"{"name": "x", "builder": "b", "derivations": {"d": "x.json"}}"#,
-            "'x.json' is deeper than 100 files; does it need itself?",
+            "'x.json' needs itself, by way of 'x.json'",
         ),
     ] {
         add(text).fails(error);
     }
+    // As deep as one likes, but not in a circle.
+    house.write("n0.json", r#"{"name": "n0", "builder": "b"}"#);
+    for n in 1..300 {
+        let text = format!(r#"{{"name": "n{n}", "builder": "b", "derivations": {{"d": "n{}.json"}}}}"#, n - 1);
+        house.write(&format!("n{n}.json"), &text);
+    }
+    let top = house.words("larder", "derivation add n299.json").stdout;
+    assert_eq!(house.run("nix-store", ["-qR", top.trim()]).stdout.lines().count(), 300);
+    house.write("n0.json", r#"{"name": "n0", "builder": "b", "derivations": {"d": "n2.json"}}"#);
+    house.words("larder", "derivation add n2.json").fails("'n2.json' needs itself, by way of 'n0.json'");
     house.words("larder", "derivation add none.json").fails("cannot read 'none.json': No such file or directory");
     // What is shown can be added again, and is the same.
     let outputs = r#""outputs": {"out": {}, "doc": {}}"#;

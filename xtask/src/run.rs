@@ -185,7 +185,12 @@ impl Job {
             return Ok(output.stdout);
         }
         let said = String::from_utf8_lossy(&output.stderr);
-        Err(Failed(format!("{} ended with {}: {said}", shown(&command), output.status)))
+        let mut shown = shown(&command);
+        if let Some((at, _)) = shown.char_indices().nth(200) {
+            shown.truncate(at);
+            shown += "...";
+        }
+        Err(Failed(format!("{shown} ended with {}: {said}", output.status)))
     }
 }
 

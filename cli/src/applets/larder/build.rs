@@ -68,7 +68,7 @@ pub(super) fn build(cx: &Context, settings: &Settings, args: &Build) -> Result<(
     let mut targets = Vec::new();
     for word in &args.targets {
         targets.push(if is_file(word) {
-            Target { key: Key::Derivation(loader.load(Path::new(word), 0)?), wanted: Wanted::All }
+            Target { key: Key::Derivation(loader.load(Path::new(word))?), wanted: Wanted::All }
         } else {
             target(store.dir(), word)?
         });

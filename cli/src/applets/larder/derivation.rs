@@ -5,7 +5,7 @@
 //! heart: `files` names files or trees that are copied into the store, and `derivations` names other
 //! JSON files. Each becomes an input, and a variable of the builder holds its path.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -31,9 +31,6 @@ use crate::printer::{Output as Kind, Printer};
 /// The largest file that is read, in bytes.
 const MAX_BYTES: u64 = 64 << 20;
 
-/// Files that name each other, one in the other, at most.
-const MAX_DEPTH: usize = 100;
-
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(super) enum FileError {
@@ -47,8 +44,8 @@ pub(super) enum FileError {
     Derivation { path: PathBuf, source: larder_core::derivation::json::JsonError },
     #[error("{place} in '{}' should be {wanted}", path.display())]
     Type { path: PathBuf, place: String, wanted: &'static str },
-    #[error("'{}' is deeper than {MAX_DEPTH} files; does it need itself?", path.display())]
-    Deep { path: PathBuf },
+    #[error("'{}' needs itself, by way of '{}'", path.display(), by.display())]
+    Cycle { path: PathBuf, by: PathBuf },
     #[error("the derivation of '{}' has no output 'out', so the variable '{variable}' has no path", path.display())]
     NoOut { path: PathBuf, variable: String },
 }
@@ -59,7 +56,7 @@ pub(super) fn add(cx: &Context, settings: &Settings, args: &DerivationAdd) -> Re
     let mut out = Printer::new(Kind::Listing);
     let mut loader = Loader::new(&store, settings);
     for file in &args.files {
-        let path = loader.load(file, 0)?;
+        let path = loader.load(file)?;
         out.line(store.dir().display(&path))?;
     }
     Ok(out.finish()?)
@@ -88,22 +85,56 @@ pub(super) struct Loader<'a> {
     loaded: BTreeMap<PathBuf, StorePath>,
 }
 
+/// A file that was read, some of whose inputs may not be in the store yet.
+struct Opened {
+    file: PathBuf,
+    real: PathBuf,
+    map: Map<String, Value>,
+    /// Variables and files of inputs to come, the last first.
+    derivations: Vec<(String, PathBuf)>,
+}
+
 impl<'a> Loader<'a> {
     pub(super) const fn new(store: &'a LocalStore, settings: &'a Settings) -> Self {
         Self { store, settings, loaded: BTreeMap::new() }
     }
 
     /// The derivation of a file (`-`: standard input), which is valid from then on.
-    pub(super) fn load(&mut self, file: &Path, depth: usize) -> Result<StorePath, Failure> {
-        if depth > MAX_DEPTH {
-            return Err(FileError::Deep { path: file.to_owned() }.into());
-        }
-        let read = |source| FileError::Read { path: file.to_owned(), source };
-        let stdin = file.as_os_str() == "-";
-        let real = if stdin { PathBuf::from("/dev/stdin") } else { file.canonicalize().map_err(read)? };
+    pub(super) fn load(&mut self, file: &Path) -> Result<StorePath, Failure> {
+        let real = real_path(file)?;
         if let Some(path) = self.loaded.get(&real) {
             return Ok(path.clone());
         }
+        let mut below = BTreeSet::from([real.clone()]);
+        // Inputs may be as deep as people like: no stack of calls.
+        let mut first = self.open(file, real)?;
+        let mut above: Vec<Opened> = Vec::new();
+        loop {
+            let Some((variable, input)) = first.derivations.pop() else {
+                below.remove(&first.real);
+                let path = self.finish(first)?;
+                match above.pop() {
+                    Some(next) => first = next,
+                    None => return Ok(path),
+                }
+                continue;
+            };
+            let real = real_path(&input)?;
+            if let Some(path) = self.loaded.get(&real) {
+                self.add_input(&mut first, &variable, &input, path)?;
+            } else if below.insert(real.clone()) {
+                let opened = self.open(&input, real)?;
+                first.derivations.push((variable, input));
+                above.push(std::mem::replace(&mut first, opened));
+            } else {
+                return Err(FileError::Cycle { path: input, by: first.file }.into());
+            }
+        }
+    }
+
+    fn open(&self, file: &Path, real: PathBuf) -> Result<Opened, Failure> {
+        let read = |source| FileError::Read { path: file.to_owned(), source };
+        let stdin = file.as_os_str() == "-";
         let mut text = Vec::new();
         let source: Box<dyn io::Read> =
             if stdin { Box::new(io::stdin()) } else { Box::new(File::open(&real).map_err(read)?) };
@@ -114,9 +145,16 @@ impl<'a> Loader<'a> {
         let value: Value =
             serde_json::from_slice(&text).map_err(|source| FileError::Json { path: file.to_owned(), source })?;
         let dir = if stdin { Path::new(".") } else { file.parent().unwrap_or(Path::new("")) };
-        let value = self.complete(value, file, dir, depth)?;
-        let mut drv = from_json(self.store.dir(), &value)
-            .map_err(|source| FileError::Derivation { path: file.to_owned(), source })?;
+        let (map, mut derivations) = self.complete(value, file, dir)?;
+        derivations.reverse();
+        Ok(Opened { file: file.to_owned(), real, map, derivations })
+    }
+
+    /// All inputs are there.
+    fn finish(&mut self, opened: Opened) -> Result<StorePath, Failure> {
+        let Opened { file, real, map, .. } = opened;
+        let mut drv = from_json(self.store.dir(), &Value::Object(map))
+            .map_err(|source| FileError::Derivation { path: file, source })?;
         self.name_fixed_outputs(&mut drv);
         self.store.fill_output_paths(&mut drv)?;
         let mut arrivals = self.store.arrivals();
@@ -126,8 +164,20 @@ impl<'a> Loader<'a> {
         Ok(path)
     }
 
+    fn add_input(&self, to: &mut Opened, variable: &str, file: &Path, input: &StorePath) -> Result<(), Failure> {
+        let output = self.store.derivation_outputs(input)?.remove("out");
+        let output = output.ok_or_else(|| FileError::NoOut { path: file.to_owned(), variable: variable.to_owned() })?;
+        if let Some(Value::Object(inputs)) = to.map.get_mut("inputDrvs") {
+            inputs.insert(self.store.dir().full(input), json!({ "dynamicOutputs": {}, "outputs": ["out"] }));
+        }
+        set_variable(&mut to.map, variable, &self.store.dir().full(&output));
+        Ok(())
+    }
+
     /// Adds what may be left out, and replaces our own keys.
-    fn complete(&mut self, value: Value, file: &Path, dir: &Path, depth: usize) -> Result<Value, Failure> {
+    ///
+    /// Also gives the variables and files of derivations.
+    fn complete(&self, value: Value, file: &Path, dir: &Path) -> Result<Completed, Failure> {
         let wrong = |place: &str, wanted| FileError::Type { path: file.to_owned(), place: place.to_owned(), wanted };
         let Value::Object(mut map) = value else { return Err(wrong("it", "an object").into()) };
         let mut own = |key: &str| -> Result<Vec<(String, PathBuf)>, Failure> {
@@ -174,16 +224,7 @@ impl<'a> Loader<'a> {
             }
             set_variable(&mut map, &variable, &path);
         }
-        for (variable, file) in derivations {
-            let input = self.load(&file, depth + 1)?;
-            let output = self.store.derivation_outputs(&input)?.remove("out");
-            let output = output.ok_or_else(|| FileError::NoOut { path: file.clone(), variable: variable.clone() })?;
-            if let Some(Value::Object(inputs)) = map.get_mut("inputDrvs") {
-                inputs.insert(self.store.dir().full(&input), json!({ "dynamicOutputs": {}, "outputs": ["out"] }));
-            }
-            set_variable(&mut map, &variable, &self.store.dir().full(&output));
-        }
-        Ok(Value::Object(map))
+        Ok((map, derivations))
     }
 
     /// Builders find the path of an output in the variable of its name.
@@ -197,6 +238,16 @@ impl<'a> Loader<'a> {
             drv.env.entry(name.as_str().into()).or_insert_with(|| path.into());
         }
     }
+}
+
+/// A derivation without our own keys, and variables and files of its inputs.
+type Completed = (Map<String, Value>, Vec<(String, PathBuf)>);
+
+fn real_path(file: &Path) -> Result<PathBuf, FileError> {
+    if file.as_os_str() == "-" {
+        return Ok(PathBuf::from("/dev/stdin"));
+    }
+    file.canonicalize().map_err(|source| FileError::Read { path: file.to_owned(), source })
 }
 
 fn set_variable(map: &mut Map<String, Value>, variable: &str, value: &str) {
