@@ -1,6 +1,6 @@
 //! Questions to a snapshot of the ledger.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
@@ -8,6 +8,7 @@ use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
 use larder_core::store_path::StorePath;
 use redb::{AccessGuard, ReadOnlyTable, ReadTransaction, ReadableTable, ReadableTableMetadata as _};
+use rustc_hash::FxHashMap;
 
 use crate::batch::leading;
 use crate::error::DbError;
@@ -36,7 +37,15 @@ pub struct ReadTxn {
     referrers: OnceCell<PairsRead>,
     outputs: OnceCell<ReadOnlyTable<Bytes, Bytes>>,
     derivers: OnceCell<PairsRead>,
+    /// Of paths that others refer to: where questions come one by one, they are the same ones again and again.
+    names: RefCell<FxHashMap<[u8; 20], StorePath>>,
 }
+
+/// Names that a snapshot remembers, at most: a megabyte of them.
+const NAMES: usize = 8192;
+
+/// From so many on it is better to go over the table for names.
+const FEW: usize = 64;
 
 /// A record and the page it lies on.
 pub struct RecordGuard<'t> {
@@ -59,7 +68,7 @@ fn opened<T>(cell: &OnceCell<T>, open: impl FnOnce() -> Result<T, redb::TableErr
 }
 
 impl ReadTxn {
-    pub(crate) const fn new(txn: ReadTransaction) -> Self {
+    pub(crate) fn new(txn: ReadTransaction) -> Self {
         Self {
             txn,
             paths: OnceCell::new(),
@@ -68,6 +77,7 @@ impl ReadTxn {
             referrers: OnceCell::new(),
             outputs: OnceCell::new(),
             derivers: OnceCell::new(),
+            names: RefCell::default(),
         }
     }
 
@@ -203,6 +213,22 @@ impl ReadTxn {
     /// The full paths of ascending keys.
     fn named(&self, keys: &[[u8; 20]]) -> Result<Vec<Option<StorePath>>, DbError> {
         let mut names = Vec::with_capacity(keys.len());
+        if keys.len() < FEW {
+            let mut known = self.names.borrow_mut();
+            for key in keys {
+                let name = match known.get(key) {
+                    Some(name) => Some(name.clone()),
+                    None => self.by_hash_part(HashPart::from_bytes(*key))?,
+                };
+                if let Some(name) = &name
+                    && known.len() < NAMES
+                {
+                    known.entry(*key).or_insert_with(|| name.clone());
+                }
+                names.push(name);
+            }
+            return Ok(names);
+        }
         each_key(self.paths()?, keys, |_, key, bytes| {
             names.push(bytes.map(|bytes| Ok::<_, DbError>(parse(key, bytes)?.path().to_store_path())).transpose()?);
             Ok::<_, DbError>(())
