@@ -287,6 +287,20 @@ fn version_1_1_where_that_is_wished_or_nothing_else_offered() {
 }
 
 #[test]
+fn who_chooses_http2_and_hangs_up_each_time_is_given_up() {
+    let (server, options) = multiplex(0, |_| Answer::File(b"text".to_vec()));
+    let asking = client(ClientOptions { attempts: 2, ..options });
+    server.hang_up(true);
+    read(asking.ask(&get(&server, "/x"))).unwrap_err();
+    let (_, connections) = server.connections();
+    assert!((2..=2 * CHOICES_MAX as usize).contains(&connections), "{connections}");
+    assert_eq!(server.take_lines(), [""; 0]);
+    // It comes to its senses.
+    server.hang_up(false);
+    assert_eq!(read(asking.ask(&get(&server, "/x"))).unwrap(), b"text");
+}
+
+#[test]
 fn http2_is_tried_again_gone_on_with_and_stopped() {
     let body: Vec<u8> = (0..=250).cycle().take(9_000_000).collect();
     let (whole, count) = (body.clone(), AtomicU64::new(0));

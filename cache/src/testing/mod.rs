@@ -88,6 +88,8 @@ struct Shared {
     open: AtomicUsize,
     most_open: AtomicUsize,
     connections: AtomicUsize,
+    /// Over TLS: greets, and says no more.
+    hangs_up: AtomicBool,
 }
 
 impl Server {
@@ -172,6 +174,11 @@ impl Server {
         format!("{}://localhost:{}", self.scheme, self.address.port())
     }
 
+    /// From now on every connection over TLS is closed once that is agreed upon, or not.
+    pub fn hang_up(&self, always: bool) {
+        self.shared.hangs_up.store(always, Ordering::SeqCst);
+    }
+
     /// What was asked since the last call.
     pub fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut *self.shared.requests.lock().unwrap())
@@ -223,6 +230,9 @@ fn serve_tls(
             Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
             Err(_) => return,
         }
+    }
+    if shared.hangs_up.load(Ordering::SeqCst) {
+        return;
     }
     if tls.alpn_protocol() == Some(b"h2") {
         http2::serve(tls, stream, shared, delay, answer);
