@@ -16,7 +16,9 @@ use larder_core::store_path::StorePath;
 use larder_wire::worker::client::Client;
 
 use crate::house::{House, LARDER, Run, run};
-use crate::served::{Daemon, Land, all_of, children, client, connect, fill, has, is_root, shell, twin, wait_for};
+use crate::served::{
+    Daemon, Heard, Land, all_of, children, client, connect, fill, has, is_root, shell, twin, wait_for,
+};
 
 /// Derivations of all sorts. `mk` runs a shell.
 const EXPRESSION: &str = r#"
@@ -302,25 +304,23 @@ fn one_build_for_two_clients() {
         gate.display()
     );
     let drv = add(&house, "shared", &script);
-    let heard = std::thread::scope(|scope| {
-        let clients: Vec<_> = [38, 34, 21]
-            .map(|newest| {
-                let (client, heard, _) = connect(&house, &daemon, newest);
-                let drv = &drv;
-                scope.spawn(move || {
-                    let results = client.build(&all_of(drv), BuildMode::Normal).unwrap();
-                    assert!(results[0].status.is_success(), "{results:?}");
-                    heard.all()
-                })
-            })
-            .into();
-        wait_for("the builder runs", || lines(&count) == 1);
-        std::thread::sleep(Duration::from_millis(500));
+    let mut all_heard = Vec::new();
+    std::thread::scope(|scope| {
+        for newest in [38, 34, 21] {
+            let (client, heard, _) = connect(&house, &daemon, newest);
+            all_heard.push(heard);
+            let drv = &drv;
+            scope.spawn(move || {
+                let results = client.build(&all_of(drv), BuildMode::Normal).unwrap();
+                assert!(results[0].status.is_success(), "{results:?}");
+            });
+        }
+        let hears = |heard: &Arc<Heard>| heard.all().iter().any(|text| text == "> one");
+        wait_for("all hear of the one that runs", || all_heard.iter().all(hears));
         std::fs::write(&gate, "").unwrap();
-        clients.into_iter().map(|client| client.join().unwrap()).collect::<Vec<_>>()
     });
     assert_eq!(lines(&count), 1);
-    for heard in heard {
+    for heard in all_heard.iter().map(|heard| heard.all()) {
         assert!(heard.iter().any(|text| text.starts_with("building '")), "{heard:?}");
         for line in ["> one", "> two"] {
             assert!(heard.iter().any(|text| text == line), "{heard:?}");
