@@ -137,10 +137,10 @@ impl<'a> Uses<'a> {
             match entry {
                 Ok(entry) if is_number(entry.file_name()) => {
                     let number = entry.file_name().to_string_lossy();
-                    match self.link(fds.as_fd(), &number, &format!("fd/{number}")) {
-                        // Who may not trace a process may read none of its links, and there may be many.
-                        Err(Errno::ACCESS | Errno::PERM) => return,
-                        _ => {}
+                    let link = self.link(fds.as_fd(), &number, &format!("fd/{number}"));
+                    // Who may not trace a process may read none of its links, and there may be many.
+                    if matches!(link, Err(Errno::ACCESS | Errno::PERM)) {
+                        return;
                     }
                 }
                 Ok(_) => {}
