@@ -14,7 +14,7 @@ use larder_core::signature::Signature;
 use larder_core::store_path::StorePath;
 use redb::{ReadableTable as _, ReadableTableMetadata as _, Table, WriteTransaction};
 
-use crate::batch::{Batch, Sorted};
+use crate::batch::{Batch, Sorted, leading};
 use crate::error::DbError;
 use crate::open::StoreDb;
 use crate::query::{bad_record, each_key, find, outputs_of, own, parse, parse_references, seconds};
@@ -455,21 +455,22 @@ impl<'t> WriteTxn<'t> {
             }
             records.push((path, if view.has_references() { self.reference_keys(key)? } else { Vec::new() }));
         }
+        // The set sorts by hash part, which is unique among the valid paths.
+        let keys: Vec<[u8; 20]> = records.iter().map(|(path, _)| *path.hash_part().as_bytes()).collect();
         for (path, _) in &records {
             let mut users = seconds(&self.referrers, path.hash_part().as_bytes())?;
             users.retain(|user| {
-                // The set sorts by hash part, which is unique among the valid paths.
-                records.binary_search_by(|(p, _)| p.hash_part().as_bytes().cmp(user)).is_err()
+                let order = |key: &[u8; 20]| leading(key).cmp(&leading(user)).then_with(|| key.cmp(user));
+                keys.binary_search_by(order).is_err()
             });
             if !users.is_empty() {
                 let by = self.names_of(users)?;
                 return Err(DbError::InUse { path: (*path).clone(), by });
             }
         }
-        let (mut keys, mut with_references, mut pairs) = (Vec::with_capacity(records.len()), Vec::new(), Vec::new());
+        let (mut with_references, mut pairs) = (Vec::new(), Vec::new());
         for (path, references) in &records {
             let key = *path.hash_part().as_bytes();
-            keys.push(key);
             with_references.extend((!references.is_empty()).then_some(key));
             pairs.extend(references.iter().filter(|other| **other != key).map(|other| pair(other, &key)));
             if path.is_derivation() {
