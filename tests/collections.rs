@@ -79,7 +79,9 @@ fn derivations(dir: &StoreDir, seed: u64) -> Vec<(StorePath, Derivation)> {
     let mut kept: Vec<(StorePath, Derivation)> = Vec::new();
     for (path, drv) in all {
         let inputs_kept = drv.input_drvs.keys().all(|input| kept.iter().any(|(path, _)| path == input));
-        if !inputs_kept || !drv.kind().is_ok_and(Kind::has_paths) {
+        // What is named like a derivation must be one, of which neither Nix nor Larder makes an exception.
+        let poses = drv.output_paths().any(|(_, output)| output.is_some_and(StorePath::is_derivation));
+        if !inputs_kept || poses || !drv.kind().is_ok_and(Kind::has_paths) {
             continue;
         }
         if drv.kind() == Ok(Kind::Fixed) {
