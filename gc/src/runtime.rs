@@ -106,7 +106,7 @@ impl<'a> Uses<'a> {
             Ok(dir) => dir,
             Err(e) => return self.failed("opening directory", "", e),
         };
-        // Threads of the kernel, and what has ended, have no program, nor files.
+        // It has ended meanwhile.
         if self.link(dir.as_fd(), "exe", "exe") == Err(Errno::NOENT) {
             return;
         }

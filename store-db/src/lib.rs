@@ -13,6 +13,7 @@ mod damage;
 pub mod error;
 pub mod graph;
 mod kept;
+mod key_index;
 pub mod open;
 pub mod query;
 mod read_ahead;
