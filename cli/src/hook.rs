@@ -15,6 +15,7 @@ use std::fs::File;
 use std::io::{self, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use larder_core::api::{BuildResult, BuildStatus, Store, StoreError};
@@ -182,6 +183,14 @@ fn say(answer: Answer, machine: Option<&str>) -> io::Result<()> {
     io::stderr().write_all(line.as_bytes())
 }
 
+/// When a connection has ended with an error, what was complained of over there may be on its way.
+fn last_words(hears: &JoinHandle<()>) {
+    let since = Instant::now();
+    while !hears.is_finished() && since.elapsed() < LAST_WORDS {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 impl Desk<'_> {
     fn serve(&self, input: &mut BufReader<io::Stdin>) -> Result<Status, Failure> {
         let slots = Slots::open(&self.local.layout.state)?;
@@ -202,13 +211,16 @@ impl Desk<'_> {
                 };
                 let Some(machine) = self.machines.get(number) else { continue };
                 match self.connect(machine) {
-                    Ok(far) => {
+                    Ok((far, hears)) => {
                         say(Answer::Accept, Some(&machine.uri))?;
                         let order = Order::read(input, dir)?;
                         let status = self.run(&question.drv, &order, machine, &far, &slots);
                         // The other side is done with us before anybody else has the slot.
                         drop(far);
                         drop(slot);
+                        if status.is_err() {
+                            last_words(&hears);
+                        }
                         return status;
                     }
                     Err(failure) => {
@@ -235,19 +247,16 @@ impl Desk<'_> {
         question.willing && is_ours && needs.features.iter().all(has)
     }
 
-    fn connect(&self, machine: &Machine) -> Result<Far, Failure> {
+    /// Also gives who hears what is complained of over there.
+    fn connect(&self, machine: &Machine) -> Result<(Far, JoinHandle<()>), Failure> {
         let (complaints, errors) = io::pipe()?;
         let log = Arc::clone(&self.log);
         let hears = std::thread::Builder::new().name("complaints".to_owned()).spawn(move || log.follow(complaints))?;
         let far = self.reach(machine, errors);
         if far.is_err() {
-            // What it complained of is on its way.
-            let since = Instant::now();
-            while !hears.is_finished() && since.elapsed() < LAST_WORDS {
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            last_words(&hears);
         }
-        far
+        Ok((far?, hears))
     }
 
     fn reach(&self, machine: &Machine, errors: PipeWriter) -> Result<Far, Failure> {
