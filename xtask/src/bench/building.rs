@@ -165,7 +165,8 @@ impl Bench {
             return Ok(());
         }
         let words = ["run", "--release", "--quiet", "--package", "larder-sandbox", "--example", "start"];
-        let output = crate::run::cargo(&words).output()?;
+        // Roots are made where all builds are measured.
+        let output = crate::run::cargo(&words).env("TMPDIR", &self.work).output()?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
             return Err(Failed(format!("the sandbox's example: {said}")));
