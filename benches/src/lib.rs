@@ -93,7 +93,7 @@ pub fn dump(db: &StoreDb, out: &mut impl Write) -> Result<(), DbError> {
     })?;
     let write = || -> io::Result<()> {
         for ((node, hash), deriver) in graph.nodes().zip(hashes).zip(derivers) {
-            writeln!(out, "/nix/store/{}", graph.base_name(node))?;
+            writeln!(out, "/nix/store/{}", graph.path_ref(node))?;
             writeln!(out, "{}\n{}", hash.to_hex(), graph.nar_size_bytes(node))?;
             match deriver {
                 Some(deriver) => writeln!(out, "/nix/store/{deriver}")?,
@@ -102,7 +102,7 @@ pub fn dump(db: &StoreDb, out: &mut impl Write) -> Result<(), DbError> {
             writeln!(out, "{}", graph.references(node).len())?;
             for reference in graph.references(node) {
                 out.write_all(b"/nix/store/")?;
-                out.write_all(graph.base_name(reference).as_bytes())?;
+                write!(out, "{}", graph.path_ref(reference))?;
                 out.write_all(b"\n")?;
             }
         }

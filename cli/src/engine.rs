@@ -23,7 +23,7 @@ use larder_core::report::Level;
 use larder_core::settings::Settings;
 use larder_core::signature::{PublicKey, Signature, count_valid};
 use larder_core::store_dir::StoreDir;
-use larder_core::store_path::StorePath;
+use larder_core::store_path::{PathRef, StorePath};
 use larder_gc::add_root;
 use larder_realise::logs::{self, Form};
 use larder_realise::sharing::SharedBuilds;
@@ -144,8 +144,17 @@ impl Store for Engine {
                 let lists_live = *what == Collect::ListLive;
                 let survey = if lists_live { local.survey_live() } else { local.survey() }?;
                 say("determining live/dead paths...");
-                let names = if lists_live { survey.live_names() } else { survey.dead_names() };
-                return Ok(Collected { paths: names.into_iter().map(full).collect(), bytes_freed: 0 });
+                let whole = |path: PathRef<'_>| {
+                    let mut whole = full(b"");
+                    path.write_base_name(&mut whole);
+                    whole
+                };
+                let paths = if lists_live {
+                    survey.live_paths().map(whole).collect()
+                } else {
+                    survey.dead_paths().map(whole).collect()
+                };
+                return Ok(Collected { paths, bytes_freed: 0 });
             }
             Collect::DeleteDead => {
                 let max_freed_bytes = (max_freed_bytes != u64::MAX).then_some(max_freed_bytes);

@@ -358,19 +358,22 @@ pub fn write_record<'a>(
     references.for_each(|reference| write_path(out, dir, reference));
 }
 
-/// [`write_record`] where the base names are at hand as text, which spares making it of the hash
-/// parts: most of what a whole ledger costs to write.
+/// A base name whose hash part is at hand as text.
+pub type TextAndName<'a> = (&'a [u8; HashPart::TEXT_LEN], &'a str);
+
+/// [`write_record`] where the hash parts are at hand as text, which spares making it for each
+/// reference: most of what a whole ledger costs to write.
 pub fn write_named_record<'a>(
     out: &mut Vec<u8>,
     dir: &StoreDir,
-    base_name: &str,
+    path: TextAndName<'_>,
     hash_size: Option<(&Sha256Digest, u64)>,
     deriver: Option<PathRef<'_>>,
-    references: impl ExactSizeIterator<Item = &'a str>,
+    references: impl ExactSizeIterator<Item = TextAndName<'a>>,
 ) {
-    write_base_name(out, dir, base_name);
+    write_named_path(out, dir, path);
     write_facts(out, dir, hash_size, deriver, references.len());
-    references.for_each(|reference| write_base_name(out, dir, reference));
+    references.for_each(|reference| write_named_path(out, dir, reference));
 }
 
 /// What stands between a path and its references.
@@ -406,20 +409,16 @@ pub fn write_path_info(out: &mut Vec<u8>, dir: &StoreDir, info: &PathInfo) {
 
 /// Appends a full path and a line feed.
 pub fn write_path(out: &mut Vec<u8>, dir: &StoreDir, path: PathRef<'_>) {
-    out.reserve(dir.as_str().len() + HashPart::TEXT_LEN + path.name().len() + 3);
-    out.extend_from_slice(dir.as_str().as_bytes());
-    out.push(b'/');
-    out.extend_from_slice(&path.hash_part().to_text());
-    out.push(b'-');
-    out.extend_from_slice(path.name().as_bytes());
-    out.push(b'\n');
+    write_named_path(out, dir, (&path.hash_part().to_text(), path.name()));
 }
 
-fn write_base_name(out: &mut Vec<u8>, dir: &StoreDir, base_name: &str) {
-    out.reserve(dir.as_str().len() + base_name.len() + 2);
+fn write_named_path(out: &mut Vec<u8>, dir: &StoreDir, (hash_part, name): TextAndName<'_>) {
+    out.reserve(dir.as_str().len() + HashPart::TEXT_LEN + name.len() + 3);
     out.extend_from_slice(dir.as_str().as_bytes());
     out.push(b'/');
-    out.extend_from_slice(base_name.as_bytes());
+    out.extend_from_slice(hash_part);
+    out.push(b'-');
+    out.extend_from_slice(name.as_bytes());
     out.push(b'\n');
 }
 

@@ -205,6 +205,14 @@ impl<'a> PathRef<'a> {
         self.name.strip_suffix(".drv").is_some()
     }
 
+    /// Appends the base name, `HASHPART-NAME`.
+    pub fn write_base_name(self, out: &mut Vec<u8>) {
+        out.reserve(HashPart::TEXT_LEN + 1 + self.name.len());
+        out.extend_from_slice(&self.hash_part.to_text());
+        out.push(b'-');
+        out.extend_from_slice(self.name.as_bytes());
+    }
+
     pub fn to_store_path(self) -> StorePath {
         StorePath::new(self.hash_part, Name::new(self.name).expect("the name was checked"))
     }

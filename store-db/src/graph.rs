@@ -210,10 +210,10 @@ impl Lists {
 pub struct Graph {
     keys: Vec<[u8; 20]>,
     index: KeyIndex,
-    /// Base names end to end.
-    text: String,
-    /// Where each ends: 4 GiB of base names are more than 40 million paths.
-    text_ends: Vec<u32>,
+    /// Names end to end.
+    names: String,
+    /// Where each ends: 4 GiB of names are more than 20 million paths.
+    name_ends: Vec<u32>,
     nar_sizes_bytes: Vec<u64>,
     references: Lists,
     referrers: OnceLock<Lists>,
@@ -282,13 +282,9 @@ impl Graph {
     }
 
     fn push_name(&mut self, path: PathRef<'_>, nar_size_bytes: u64) -> Result<(), DbError> {
-        let hash_part = path.hash_part();
-        self.keys.push(*hash_part.as_bytes());
-        let text = hash_part.to_text();
-        self.text.push_str(str::from_utf8(&text).expect("base-32 is ASCII"));
-        self.text.push('-');
-        self.text.push_str(path.name());
-        self.text_ends.push(u32::try_from(self.text.len()).map_err(|_| DbError::TooLarge { limit: NONE })?);
+        self.keys.push(*path.hash_part().as_bytes());
+        self.names.push_str(path.name());
+        self.name_ends.push(u32::try_from(self.names.len()).map_err(|_| DbError::TooLarge { limit: NONE })?);
         self.nar_sizes_bytes.push(nar_size_bytes);
         Ok(())
     }
@@ -359,15 +355,15 @@ impl Graph {
         self.index.find_all(&self.keys, hash_parts.map(HashPart::as_bytes), |node| each(node.map(Node)));
     }
 
-    /// `HASHPART-NAME`.
-    pub fn base_name(&self, node: Node) -> &str {
-        let end = self.text_ends.get(node.index()).map_or(0, |end| *end as usize);
-        let start = node.index().checked_sub(1).and_then(|n| self.text_ends.get(n)).map_or(0, |end| *end as usize);
-        self.text.get(start..end).unwrap_or_default()
+    pub fn name(&self, node: Node) -> &str {
+        let end = self.name_ends.get(node.index()).map_or(0, |end| *end as usize);
+        let start = node.index().checked_sub(1).and_then(|n| self.name_ends.get(n)).map_or(0, |end| *end as usize);
+        self.names.get(start..end).unwrap_or_default()
     }
 
-    pub fn name(&self, node: Node) -> &str {
-        self.base_name(node).get(HashPart::TEXT_LEN + 1..).unwrap_or_default()
+    /// `HASHPART-NAME`.
+    pub fn base_name(&self, node: Node) -> String {
+        self.path_ref(node).to_string()
     }
 
     pub fn hash_part(&self, node: Node) -> HashPart {
@@ -760,8 +756,8 @@ impl Names {
         Self {
             graph: Graph {
                 keys: Vec::with_capacity(paths),
-                text: String::with_capacity(paths.saturating_mul(64)),
-                text_ends: Vec::with_capacity(paths),
+                names: String::with_capacity(paths.saturating_mul(32)),
+                name_ends: Vec::with_capacity(paths),
                 nar_sizes_bytes: Vec::with_capacity(paths),
                 ..Graph::default()
             },
@@ -818,7 +814,7 @@ impl Names {
     }
 
     fn index(&mut self) {
-        self.graph.text.shrink_to_fit();
+        self.graph.names.shrink_to_fit();
         self.graph.index = KeyIndex::new(&self.graph.keys);
     }
 

@@ -29,4 +29,4 @@ mod transfer;
 pub mod verify;
 
 pub use error::StoreError;
-pub use local::{LocalStore, Options};
+pub use local::{LocalStore, Options, Pages};

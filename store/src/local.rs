@@ -20,6 +20,18 @@ use larder_store_db::{DbError, Mode, ReadTxn, StoreDb};
 use crate::adoption::Theirs;
 use crate::error::StoreError;
 
+/// How much of the ledger stays in memory once it was read. Fresh memory costs more than to read what
+/// the kernel has anyway.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// 64 KiB: for who reads it from end to end, each page once.
+    Few,
+    /// 1 MiB: for who asks once.
+    Some,
+    /// 8 MiB, and a snapshot of it for a moment: for who answers many questions.
+    Many,
+}
+
 /// What of the settings concerns a local store. All have the meaning of the setting of that name.
 #[derive(Debug, Clone)]
 #[expect(clippy::struct_excessive_bools, reason = "settings are what they are")]
@@ -47,9 +59,7 @@ pub struct Options {
     pub gc_sync_file: Option<std::path::PathBuf>,
     /// Write objects to the disk before they are registered (setting `fsync-metadata`).
     pub sync: bool,
-    /// Keep pages of the ledger in memory, 8 MiB at most, and a snapshot of it for a moment: for who
-    /// answers many questions.
-    pub keeps_pages: bool,
+    pub pages: Pages,
     /// Where the ledger is, if not in `db` of the state directory.
     pub db_dir: Option<std::path::PathBuf>,
     /// Locks that our parent process holds for us (`NIX_HELD_LOCKS`).
@@ -74,7 +84,7 @@ impl Default for Options {
             free_space_file: None,
             gc_sync_file: None,
             sync: true,
-            keeps_pages: false,
+            pages: Pages::Some,
             db_dir: None,
             held_locks: HeldLocks::default(),
         }
@@ -131,9 +141,13 @@ impl LocalStore {
         let db_dir = options.db_dir.clone().unwrap_or_else(|| layout.db());
         let ledger = |mode| {
             let mut how = larder_store_db::OpenOptions::new(mode);
-            if options.keeps_pages {
-                how.read_cache_bytes = 8 << 20;
-                how.keeps_snapshots = true;
+            match options.pages {
+                Pages::Few => how.read_cache_bytes = 64 << 10,
+                Pages::Some => {}
+                Pages::Many => {
+                    how.read_cache_bytes = 8 << 20;
+                    how.keeps_snapshots = true;
+                }
             }
             StoreDb::open(&db_dir, &how)
         };

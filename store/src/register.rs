@@ -5,11 +5,12 @@ use std::ffi::OsStr;
 use std::io::{Read, Write};
 
 use larder_core::hash::NarHasher;
+use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
 use larder_core::registration::{self, Form, Parser};
 use larder_core::report::Level;
 use larder_core::store_path::StorePath;
-use larder_store_db::{Batch, DbError, Graph, NewPath};
+use larder_store_db::{Batch, DbError, Graph, NewPath, Node};
 
 use crate::error::StoreError;
 use crate::foreign::ForeignLedger;
@@ -78,14 +79,18 @@ impl LocalStore {
                     rest.push((view.nar_hash, view.nar_size_bytes, deriver));
                     Ok::<(), StoreError>(())
                 })?;
+                let texts: Vec<_> = graph.nodes().map(|node| graph.hash_part(node).to_text()).collect();
+                let named = |node: Node| {
+                    texts.get(node.index()).map_or((&[b'0'; HashPart::TEXT_LEN], ""), |text| (text, graph.name(node)))
+                };
                 for (node, (nar_hash, nar_size_bytes, deriver)) in graph.nodes().zip(&rest) {
                     registration::write_named_record(
                         &mut text,
                         self.dir(),
-                        graph.base_name(node),
+                        named(node),
                         Some((nar_hash, *nar_size_bytes)),
                         deriver.as_ref().map(Into::into),
-                        graph.references(node).map(|reference| graph.base_name(reference)),
+                        graph.references(node).map(named),
                     );
                     if text.len() > FULL {
                         out.write_all(&text).map_err(StoreError::Output)?;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStrExt as _;
 
 use larder_core::hash_part::HashPart;
-use larder_core::store_path::StorePath;
+use larder_core::store_path::{PathRef, StorePath};
 use larder_fs::file_error::FileError;
 use larder_fs::lock_file::LockFile;
 use larder_gc::live::{self, Rules};
@@ -45,20 +45,23 @@ impl Survey {
         live::complement(&self.graph, &self.live)
     }
 
-    /// Base names of live paths, ascending.
-    pub fn live_names(&self) -> Vec<&[u8]> {
-        self.live.iter().map(|node| self.graph.base_name(node).as_bytes()).collect()
+    /// Live paths, ascending.
+    pub fn live_paths(&self) -> impl Iterator<Item = PathRef<'_>> {
+        self.live.iter().map(|node| self.graph.path_ref(node))
     }
 
-    /// Base names of all that would be deleted and looks like a store path, ascending.
-    pub fn dead_names(&self) -> Vec<&[u8]> {
-        let dead = self.dead();
-        let valid = dead.iter().map(|node| self.graph.base_name(node).as_bytes());
-        let invalid = self.invalid.iter().map(|name| name.as_bytes());
-        let mut names: Vec<&[u8]> =
-            valid.chain(invalid.filter(|name| StorePath::from_base_name(name).is_ok())).collect();
-        names.sort_unstable();
-        names
+    /// All that would be deleted and looks like a store path, ascending.
+    pub fn dead_paths(&self) -> impl Iterator<Item = PathRef<'_>> {
+        let valid = self.graph.nodes().filter(|node| !self.live.contains(*node));
+        let mut valid = valid.map(|node| self.graph.path_ref(node)).peekable();
+        let mut invalid: Vec<_> = self.invalid.iter().filter_map(|name| PathRef::parse(name.as_bytes()).ok()).collect();
+        invalid.sort_unstable();
+        let mut invalid = invalid.into_iter().peekable();
+        std::iter::from_fn(move || match (valid.peek(), invalid.peek()) {
+            (Some(v), Some(i)) if i < v => invalid.next(),
+            (Some(_), _) => valid.next(),
+            (None, _) => invalid.next(),
+        })
     }
 
     /// The valid paths that some roots stand for.
@@ -102,7 +105,7 @@ struct Names<'a> {
     text: Vec<u8>,
     /// Of each name that begins like that of a path: its hash part, and where it lies.
     hash_parts: Vec<(HashPart, Range<usize>)>,
-    /// The base names of the valid paths with these hash parts.
+    /// The names of the valid paths with these hash parts.
     valid: Vec<Option<&'a str>>,
 }
 
@@ -125,10 +128,11 @@ impl<'a> Names<'a> {
 
     fn finish(&mut self, graph: &'a Graph, each: &mut impl FnMut(&OsStr)) {
         let hash_parts = self.hash_parts.iter().map(|(hash_part, _)| hash_part);
-        graph.by_hash_parts(hash_parts, |node| self.valid.push(node.map(|node| graph.base_name(node))));
+        graph.by_hash_parts(hash_parts, |node| self.valid.push(node.map(|node| graph.name(node))));
         for ((_, range), valid) in self.hash_parts.drain(..).zip(self.valid.drain(..)) {
             let name = self.text.get(range).unwrap_or_default();
-            if valid.is_none_or(|valid| valid.as_bytes() != name) {
+            let after = name.get(HashPart::TEXT_LEN..).and_then(|rest| rest.strip_prefix(b"-"));
+            if valid.is_none_or(|valid| Some(valid.as_bytes()) != after) {
                 each(OsStr::from_bytes(name));
             }
         }

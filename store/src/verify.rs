@@ -194,9 +194,15 @@ impl LocalStore {
         let graph = self.read(|txn| Ok(Some(Graph::load(txn)?)))?;
         let Some(graph) = graph else { return Ok(BTreeSet::new()) };
         let mut missing = NodeSet::new(&graph);
-        for node in graph.nodes().filter(|node| !present.contains(OsStr::new(graph.base_name(*node)))) {
+        let mut name = Vec::new();
+        for node in graph.nodes() {
+            name.clear();
+            graph.path_ref(node).write_base_name(&mut name);
+            if present.contains(OsStr::from_bytes(&name)) {
+                continue;
+            }
             // It may have come since the names were read.
-            let real = self.layout().real_store.join(graph.base_name(node));
+            let real = self.layout().real_store.join(OsStr::from_bytes(&name));
             match std::fs::symlink_metadata(&real) {
                 Ok(_) => {}
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {

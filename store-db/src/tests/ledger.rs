@@ -31,7 +31,7 @@ fn registered_paths_are_found_again() {
     assert_eq!(db.read(|r| r.referrers(&c)).unwrap(), Some(vec![b.clone()]));
     assert_eq!(db.read(|r| r.info(&path(1, "other"))).unwrap(), None);
     let graph = db.read(|r| graph::closure_of(r, std::slice::from_ref(&b), Walk::REFERENCES)).unwrap();
-    let names: Vec<&str> = graph.topological_all().unwrap().into_iter().map(|n| graph.base_name(n)).collect();
+    let names: Vec<String> = graph.topological_all().unwrap().into_iter().map(|n| graph.base_name(n)).collect();
     assert_eq!(names, [c.to_string(), b.to_string()]);
     assert!(matches!(db.write(|w| w.set_meta("x", b"y")), Err(DbError::ReadOnly { .. })));
 }

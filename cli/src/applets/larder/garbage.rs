@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::Json;
 use crate::applets::Context;
-use crate::applets::nix_store::store::{mib, open};
+use crate::applets::nix_store::store::{mib, open, open_for_survey};
 use crate::args::{parse_unsigned, shown};
 use crate::exit::{Failure, Status};
 use crate::paths::{absolute, store_path};
@@ -103,7 +103,7 @@ fn full(store: &LocalStore, name: &OsStr) -> String {
 
 pub(super) fn collect(cx: &Context, settings: &Settings, args: &Gc) -> Result<Status, Failure> {
     let only_tell = args.dry_run || !args.if_dropped.is_empty();
-    let store = open(cx, settings, if only_tell { Access::ReadOnly } else { Access::ReadWrite })?;
+    let store = open_for_survey(cx, settings, if only_tell { Access::ReadOnly } else { Access::ReadWrite })?;
     if !only_tell {
         // Before anybody is asked a question.
         store.refuse_unless_adopted()?;
@@ -202,7 +202,7 @@ fn ask(cx: &Context) -> Result<bool, Failure> {
 }
 
 pub(super) fn why(cx: &Context, settings: &Settings, args: &Why) -> Result<Status, Failure> {
-    let store = open(cx, settings, Access::ReadOnly)?;
+    let store = open_for_survey(cx, settings, Access::ReadOnly)?;
     let paths: Vec<_> =
         args.paths.iter().map(|path| store_path(store.dir(), path.as_os_str())).collect::<Result<_, _>>()?;
     let survey = store.survey()?;
@@ -221,9 +221,9 @@ pub(super) fn why(cx: &Context, settings: &Settings, args: &Why) -> Result<Statu
         }
         for reason in &reasons {
             out.line(format_args!("{} ({})", reason.root.link.display(), kind(reason.root.kind)))?;
-            out.line(format_args!("  -> {}", full(&store, OsStr::new(survey.graph.base_name(reason.chain.start)))))?;
+            out.line(format_args!("  -> {}", full(&store, OsStr::new(&survey.graph.base_name(reason.chain.start)))))?;
             for (step, node) in &reason.chain.steps {
-                let name = full(&store, OsStr::new(survey.graph.base_name(*node)));
+                let name = full(&store, OsStr::new(&survey.graph.base_name(*node)));
                 out.line(format_args!("  {} {name}", step_text(*step)))?;
             }
         }
@@ -275,7 +275,7 @@ fn root_json(store: &LocalStore, root: &Root) -> Value {
 }
 
 fn reason_json(store: &LocalStore, survey: &Survey, reason: &Reason) -> Value {
-    let name = |node| full(store, OsStr::new(survey.graph.base_name(node)));
+    let name = |node| full(store, OsStr::new(&survey.graph.base_name(node)));
     let steps = reason.chain.steps.iter().map(|(step, node)| {
         let by = match step {
             Step::Reference => "reference",

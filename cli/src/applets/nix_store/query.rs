@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::rc::Rc;
 
 use larder_core::hash::Sha256Digest;
+use larder_core::registration::write_path;
 use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
 use larder_fs::layout::Access;
@@ -174,11 +175,11 @@ impl Asked<'_> {
         let Some(graph) = graph else {
             return asked.first().map_or(Ok(()), |path| Err(store.not_valid(path).into()));
         };
-        let prefix = format!("{}/", store.dir());
+        let mut line = Vec::new();
         for node in graph.topological_all().map_err(|error| StoreError::from(error).in_dir(store.dir()))? {
-            self.out.bytes(prefix.as_bytes())?;
-            self.out.bytes(graph.base_name(node).as_bytes())?;
-            self.out.bytes(b"\n")?;
+            line.clear();
+            write_path(&mut line, store.dir(), graph.path_ref(node));
+            self.out.bytes(&line)?;
         }
         Ok(())
     }

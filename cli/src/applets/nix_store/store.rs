@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use larder_core::content_address::Method;
 use larder_core::hash::Algorithm;
+use larder_core::registration::write_path;
 use larder_core::report::{ActivityResult, Level, Progress, Reporter, Start};
 use larder_core::settings::Settings;
 use larder_core::store_path::{Name, NameError, StorePath};
@@ -19,7 +20,7 @@ use larder_store::delete::DeleteOptions;
 use larder_store::ingest::ContentAddressed;
 use larder_store::register::RegisterOptions;
 use larder_store::verify::VerifyOptions;
-use larder_store::{LocalStore, Options};
+use larder_store::{LocalStore, Options, Pages};
 use larder_wire::worker::tunnel::Line as _;
 
 use super::realise;
@@ -132,7 +133,16 @@ pub(in crate::applets) fn local(
 
 /// Opens the store that the settings and the environment choose.
 pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access) -> Result<LocalStore, Failure> {
-    open_with(cx, settings, access, false)
+    open_with(cx, settings, access, Pages::Some)
+}
+
+/// The same for who looks at all that is there.
+pub(in crate::applets) fn open_for_survey(
+    cx: &Context,
+    settings: &Settings,
+    access: Access,
+) -> Result<LocalStore, Failure> {
+    open_with(cx, settings, access, Pages::Few)
 }
 
 /// The same for who is going to answer many questions.
@@ -141,10 +151,10 @@ pub(in crate::applets) fn open_for_many(
     settings: &Settings,
     access: Access,
 ) -> Result<LocalStore, Failure> {
-    open_with(cx, settings, access, true)
+    open_with(cx, settings, access, Pages::Many)
 }
 
-fn open_with(cx: &Context, settings: &Settings, access: Access, keeps_pages: bool) -> Result<LocalStore, Failure> {
+fn open_with(cx: &Context, settings: &Settings, access: Access, pages: Pages) -> Result<LocalStore, Failure> {
     let local = local(cx, settings, access)?;
     let access = if local.read_only { Access::ReadOnly } else { access };
     if access == Access::ReadWrite {
@@ -162,7 +172,7 @@ fn open_with(cx: &Context, settings: &Settings, access: Access, keeps_pages: boo
             larder_fs::mounts::make_store_writable(&local.layout.real_store)?;
         }
     }
-    open_local(cx, settings, local, access, keeps_pages)
+    open_local(cx, settings, local, access, pages)
 }
 
 fn open_local(
@@ -170,9 +180,9 @@ fn open_local(
     settings: &Settings,
     local: conf::LocalStore,
     access: Access,
-    keeps_pages: bool,
+    pages: Pages,
 ) -> Result<LocalStore, Failure> {
-    let options = Options { keeps_pages, ..store_options(cx, settings, &local) };
+    let options = Options { pages, ..store_options(cx, settings, &local) };
     let voice = Arc::new(Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() });
     let store = LocalStore::open(local.layout, options, access, voice)?;
     store.tell_of_real_nix()?;
@@ -507,13 +517,13 @@ pub(in crate::applets) fn collect(
     max_freed_bytes: Option<u64>,
 ) -> Result<(), Failure> {
     if action == GcAction::Delete {
-        let store = open(cx, settings, Access::ReadWrite)?;
+        let store = open_for_survey(cx, settings, Access::ReadWrite)?;
         let mut freed = Freed::default();
         let outcome = store.collect(CollectOptions { max_freed_bytes }, &mut freed);
         print_freed(&freed)?;
         return Ok(outcome?);
     }
-    let store = open(cx, settings, Access::ReadOnly)?;
+    let store = open_for_survey(cx, settings, Access::ReadOnly)?;
     let mut out = Printer::new(Output::Listing);
     if action == GcAction::PrintRoots {
         for root in store.all_roots()? {
@@ -528,12 +538,16 @@ pub(in crate::applets) fn collect(
     // Nothing is looked at when nothing may be deleted, as in Nix.
     if max_freed_bytes != Some(0) {
         say("determining live/dead paths...");
-        let names = if lists_live { survey.live_names() } else { survey.dead_names() };
-        for name in names {
-            out.bytes(store.dir().as_str().as_bytes())?;
-            out.bytes(b"/")?;
-            out.bytes(name)?;
-            out.bytes(b"\n")?;
+        let mut line = Vec::new();
+        let mut tell = |path| {
+            line.clear();
+            write_path(&mut line, store.dir(), path);
+            out.bytes(&line)
+        };
+        if lists_live {
+            survey.live_paths().try_for_each(&mut tell)?;
+        } else {
+            survey.dead_paths().try_for_each(&mut tell)?;
         }
     }
     // The process ends now; to give this back piece by piece takes longer than to leave it.
