@@ -57,6 +57,22 @@ fn s074_only_wanted_outputs_are_fetched() {
     assert_eq!(world.asked, 2);
 }
 
+/// Nobody is asked for what may not be substituted, also where somebody has it; its input may be.
+#[test]
+fn s052_what_may_not_be_fetched_is_built() {
+    let dep = drv(1, "dep", &["out"], &[]);
+    let mut own = drv(2, "own", &["out"], &[(&dep, &["out"])]);
+    own.allow_substitutes = false;
+    let mut world = self::world(&[&dep, &own]);
+    for output in [output(&dep, "out"), output(&own, "out")] {
+        world.caches.insert(output.clone(), vec![offered(&[])]);
+    }
+    let plan = run(&mut world, options(), &[target(&own, &[])]);
+    assert_eq!(results(&plan), [Ok(Success::Built)]);
+    assert_eq!((built(&world), &world.fetched), (vec!["own.drv".to_owned()], &vec![output(&dep, "out").clone()]));
+    assert_eq!(world.asked, 1);
+}
+
 /// Two consumers, one of which comes when the fetch for the other is over, or under way.
 #[test]
 fn s075_a_second_consumer_wants_another_output() {
