@@ -17,13 +17,16 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use crate::run::{Cost, Failed, Job, Side, median, real_nix, release_binary, say};
 
-/// Rounds of each pair; the median counts.
-const ROUNDS: usize = 5;
-/// A measurement shorter than this is repeated, since the clock of CPU time has ticks of 10 ms.
-const SHORT_S: f64 = 0.4;
+/// Rounds of each pair, at least and at most; the median counts. More than the least are done as long
+/// as they took less than [`ROUNDS_S`].
+const ROUNDS: std::ops::Range<usize> = 5..15;
+const ROUNDS_S: u64 = 10;
+/// A measurement shorter than this is repeated within a round.
+const SHORT_S: f64 = 0.25;
 
 /// What a workload must reach.
 #[derive(Clone, Copy)]
@@ -149,7 +152,8 @@ impl Bench {
             None => 1,
         };
         let mut peak = first.peak_mib;
-        for _ in 0..ROUNDS {
+        let begun = Instant::now();
+        while mine.len() < ROUNDS.start || (mine.len() < ROUNDS.end && begun.elapsed().as_secs() < ROUNDS_S) {
             if let Some(nix) = &self.nix {
                 theirs.push(once(nix, their_times)?);
             }

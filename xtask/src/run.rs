@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::{TimeVal, TimeValLike as _};
+
 /// Why a chore failed.
 #[derive(Debug)]
 pub(crate) struct Failed(pub(crate) String);
@@ -82,10 +85,9 @@ pub(crate) struct Cost {
 }
 
 /// User and system time of all children that ended so far, in seconds.
-///
-/// The kernel counts exactly and shows ticks of 10 ms, so short commands are run many times.
 fn children_cpu_s() -> f64 {
-    ticks("self", 13, 2)
+    let seconds = |time: TimeVal| Duration::from_micros(time.num_microseconds().unsigned_abs()).as_secs_f64();
+    getrusage(UsageWho::RUSAGE_CHILDREN).map_or(0.0, |usage| seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 
 /// CPU time of a process, of all that have come from it and run, and of those that ended and were

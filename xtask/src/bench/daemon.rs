@@ -155,7 +155,7 @@ impl Bench {
                 self.failures += u32::from(!reached);
             }
             let mut of: [Vec<f64>; 3] = Default::default();
-            for _ in 0..ROUNDS {
+            for _ in 0..ROUNDS.start {
                 let connection = server.cost_of(&one, CONNECTIONS)?;
                 of[0].push(connection);
                 // Three times, for the clock.
@@ -199,7 +199,7 @@ impl Bench {
         let direct = side.job(["--export", &path]);
         let through = server.client(direct.clone());
         let (mut with, mut without) = (Vec::new(), Vec::new());
-        for _ in 0..ROUNDS {
+        for _ in 0..ROUNDS.start {
             without.push(direct.cost(1)?);
             with.push(server.whole_cost(&through)?);
         }
@@ -229,7 +229,7 @@ impl Bench {
         let words = ["-r", "-j2", "--quiet", "--quiet"].map(str::to_owned);
         let direct = configured(&side, side.job(words.into_iter().chain(paths)), false);
         let (mut with, mut without) = (Vec::new(), Vec::new());
-        for _ in 0..ROUNDS {
+        for _ in 0..ROUNDS.start {
             for through in [false, true] {
                 remove(&side.dir);
                 copy(&saved, &side.dir)?;
