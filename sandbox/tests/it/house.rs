@@ -232,6 +232,20 @@ impl Drop for Killed {
 }
 
 /// Is there such a process, and is it no zombie?
+/// Waits until all of these are gone; what stays is ended, and an error.
+pub(crate) fn until_gone(pids: &[u32]) {
+    let since = std::time::Instant::now();
+    while let Some(alive) = pids.iter().find(|pid| is_alive(**pid)) {
+        if since.elapsed().as_secs() > 60 {
+            for pid in pids.iter().filter_map(|pid| rustix::process::Pid::from_raw(i32::try_from(*pid).ok()?)) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+            panic!("process {alive} does not end");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
 pub(crate) fn is_alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))

@@ -11,6 +11,7 @@ use larder_sandbox::support::support;
 
 use crate::house::{
     House, Killed, descendants, host_binds, is_alive, is_root, launcher, log_of, log_until, root_of, start, try_run,
+    until_gone,
 };
 use crate::twice::{AS_NOBODY, has, is_inner, run_inner};
 
@@ -167,9 +168,7 @@ fn a_killed_caller_leaves_nothing() {
     assert!(all.len() >= 8, "{all:?}");
     drop(caller);
     // The launchers notice by themselves, so that there is nobody to wait for.
-    while all.iter().any(|pid| is_alive(*pid)) {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    until_gone(&all);
 }
 
 /// Nor does a launcher that is killed.
@@ -182,9 +181,7 @@ fn a_killed_launcher_leaves_nothing() {
         let all = descendants(child.id());
         rustix::process::pidfd_send_signal(child.pidfd(), rustix::process::Signal::KILL).unwrap();
         assert_eq!(child.wait().unwrap(), Ended::Signalled(9));
-        while all.iter().any(|pid| is_alive(*pid)) {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        until_gone(&all);
     }
 }
 

@@ -1,12 +1,10 @@
 //! The process from which launchers are forked.
 
-use std::time::Duration;
-
 use larder_sandbox::launch::{Child, Ended, launch};
 use larder_sandbox::plan::Plan;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::house::{House, is_alive, launcher, log_until};
+use crate::house::{House, is_alive, launcher, log_until, until_gone};
 
 /// A builder that ends once this file is there.
 const WAITS: &str = "echo ready; while [ ! -e go ]; do sleep 0.01; done; exit 7";
@@ -14,12 +12,6 @@ const WAITS: &str = "echo ready; while [ ! -e go ]; do sleep 0.01; done; exit 7"
 fn parent(child: &Child) -> u32 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
     status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap().trim().parse().unwrap()
-}
-
-fn until_gone(pid: u32) {
-    while is_alive(pid) {
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]
@@ -42,7 +34,7 @@ fn one_is_executed_for_all_and_ends_with_them() {
     for mut child in children {
         assert_eq!(child.wait().unwrap(), Ended::Exited(7));
     }
-    until_gone(zygote);
+    until_gone(&[zygote]);
 }
 
 /// A filter cannot be taken off, so a builder that is to have none comes from another.
