@@ -169,6 +169,21 @@ fn beside_real_nix_nothing_is_deleted() {
     }
 }
 
+/// Valid or not, what is dead is listed in the order of the names.
+#[test]
+fn dead_paths_are_listed_in_order() {
+    let house = House::new();
+    for name in ["a", "b", "c", "d"] {
+        house.add(name, name);
+    }
+    for first in ["0", "5", "b", "h", "q", "z"] {
+        std::fs::write(house.path().join(format!("store/{}-junk", first.repeat(32))), "").unwrap();
+    }
+    let listed = house.words("nix-store", "--gc --print-dead").stdout;
+    let lines: Vec<&str> = listed.lines().collect();
+    assert!(lines.len() == 10 && lines.is_sorted(), "{listed}");
+}
+
 #[test]
 fn delete_and_liveness() {
     let house = House::new();
