@@ -27,7 +27,7 @@ pub enum Pages {
     /// 64 KiB: for who reads it from end to end, each page once.
     Few,
     /// 1 MiB: for who asks once.
-    Some,
+    Usual,
     /// 8 MiB, and a snapshot of it for a moment: for who answers many questions.
     Many,
 }
@@ -84,7 +84,7 @@ impl Default for Options {
             free_space_file: None,
             gc_sync_file: None,
             sync: true,
-            pages: Pages::Some,
+            pages: Pages::Usual,
             db_dir: None,
             held_locks: HeldLocks::default(),
         }
@@ -143,7 +143,7 @@ impl LocalStore {
             let mut how = larder_store_db::OpenOptions::new(mode);
             match options.pages {
                 Pages::Few => how.read_cache_bytes = 64 << 10,
-                Pages::Some => {}
+                Pages::Usual => {}
                 Pages::Many => {
                     how.read_cache_bytes = 8 << 20;
                     how.keeps_snapshots = true;

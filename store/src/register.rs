@@ -5,7 +5,6 @@ use std::ffi::OsStr;
 use std::io::{Read, Write};
 
 use larder_core::hash::NarHasher;
-use larder_core::hash_part::HashPart;
 use larder_core::path_info::PathInfo;
 use larder_core::registration::{self, Form, Parser};
 use larder_core::report::Level;
@@ -80,9 +79,7 @@ impl LocalStore {
                     Ok::<(), StoreError>(())
                 })?;
                 let texts: Vec<_> = graph.nodes().map(|node| graph.hash_part(node).to_text()).collect();
-                let named = |node: Node| {
-                    texts.get(node.index()).map_or((&[b'0'; HashPart::TEXT_LEN], ""), |text| (text, graph.name(node)))
-                };
+                let named = |node: Node| (texts.get(node.index()).expect("one for each node"), graph.name(node));
                 for (node, (nar_hash, nar_size_bytes, deriver)) in graph.nodes().zip(&rest) {
                     registration::write_named_record(
                         &mut text,

@@ -87,7 +87,8 @@ pub(crate) struct Cost {
 /// User and system time of all children that ended so far, in seconds.
 fn children_cpu_s() -> f64 {
     let seconds = |time: TimeVal| Duration::from_micros(time.num_microseconds().unsigned_abs()).as_secs_f64();
-    getrusage(UsageWho::RUSAGE_CHILDREN).map_or(0.0, |usage| seconds(usage.user_time()) + seconds(usage.system_time()))
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("every process may ask this");
+    seconds(usage.user_time()) + seconds(usage.system_time())
 }
 
 /// CPU time of a process, of all that have come from it and run, and of those that ended and were

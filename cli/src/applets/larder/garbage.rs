@@ -221,9 +221,9 @@ pub(super) fn why(cx: &Context, settings: &Settings, args: &Why) -> Result<Statu
         }
         for reason in &reasons {
             out.line(format_args!("{} ({})", reason.root.link.display(), kind(reason.root.kind)))?;
-            out.line(format_args!("  -> {}", full(&store, OsStr::new(&survey.graph.base_name(reason.chain.start)))))?;
+            out.line(format_args!("  -> {}", store.dir().full(&survey.graph.path(reason.chain.start))))?;
             for (step, node) in &reason.chain.steps {
-                let name = full(&store, OsStr::new(&survey.graph.base_name(*node)));
+                let name = store.dir().full(&survey.graph.path(*node));
                 out.line(format_args!("  {} {name}", step_text(*step)))?;
             }
         }
@@ -275,7 +275,7 @@ fn root_json(store: &LocalStore, root: &Root) -> Value {
 }
 
 fn reason_json(store: &LocalStore, survey: &Survey, reason: &Reason) -> Value {
-    let name = |node| full(store, OsStr::new(&survey.graph.base_name(node)));
+    let name = |node| store.dir().full(&survey.graph.path(node));
     let steps = reason.chain.steps.iter().map(|(step, node)| {
         let by = match step {
             Step::Reference => "reference",

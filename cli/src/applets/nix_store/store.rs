@@ -133,7 +133,7 @@ pub(in crate::applets) fn local(
 
 /// Opens the store that the settings and the environment choose.
 pub(in crate::applets) fn open(cx: &Context, settings: &Settings, access: Access) -> Result<LocalStore, Failure> {
-    open_with(cx, settings, access, Pages::Some)
+    open_with(cx, settings, access, Pages::Usual)
 }
 
 /// The same for who looks at all that is there.
