@@ -369,7 +369,7 @@ impl Desk<'_> {
         let drv = local.derivation(drv_path)?;
         let real = |path: &StorePath| self.local.layout.real_path(path);
         let held_locks: HeldLocks = drv.output_paths().filter_map(|(_, path)| path).map(real).collect();
-        local.set_options(Options { held_locks, ..local.options().clone() });
+        local.set_options(Arc::new(Options { held_locks, ..Options::clone(local.options()) }));
         let (builds, interrupt) = (Arc::default(), self.interrupt.clone());
         let (settings, env) = (Arc::new(self.settings.clone()), Arc::clone(&self.env));
         let engine = Engine { local, settings, builds, hides_logs: false, interrupt, env };

@@ -200,7 +200,7 @@ impl SharedBuilds {
         let (builds, settings, job) = (Arc::clone(self), Arc::clone(settings), job.clone());
         let drv = job.drv_path.clone();
         // Roots of its own, so that it needs nothing of the client that began it.
-        let store = store.session(store.options().clone(), Arc::clone(&build) as _);
+        let store = store.session(Arc::clone(store.options()), Arc::clone(&build) as _);
         let this = Arc::clone(&build);
         *lock(&self.threads) += 1;
         let spawned = thread::Builder::new().name("shared build".to_owned()).spawn(move || {

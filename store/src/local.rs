@@ -97,7 +97,7 @@ impl Default for Options {
 /// is to be changed.
 pub struct LocalStore {
     layout: Arc<Layout>,
-    options: Options,
+    options: Arc<Options>,
     reporter: Arc<dyn Reporter + Send + Sync>,
     users: Users,
     access: Access,
@@ -170,7 +170,7 @@ impl LocalStore {
         };
         Ok(Self {
             layout: Arc::new(layout),
-            options,
+            options: Arc::new(options),
             reporter,
             users,
             access,
@@ -186,7 +186,7 @@ impl LocalStore {
     /// The same store for somebody else: with other options, another to tell, and temporary roots
     /// of its own.
     #[must_use]
-    pub fn session(&self, options: Options, reporter: Arc<dyn Reporter + Send + Sync>) -> Self {
+    pub fn session(&self, options: Arc<Options>, reporter: Arc<dyn Reporter + Send + Sync>) -> Self {
         Self {
             layout: Arc::clone(&self.layout),
             options,
@@ -203,7 +203,7 @@ impl LocalStore {
     }
 
     /// Goes on with other options.
-    pub fn set_options(&mut self, options: Options) {
+    pub fn set_options(&mut self, options: Arc<Options>) {
         self.options = options;
     }
 
@@ -216,7 +216,7 @@ impl LocalStore {
         &self.layout
     }
 
-    pub fn options(&self) -> &Options {
+    pub const fn options(&self) -> &Arc<Options> {
         &self.options
     }
 

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::{TimeVal, TimeValLike as _};
+use nix::time::ClockId;
+use nix::unistd::Pid;
 
 /// Why a chore failed.
 #[derive(Debug)]
@@ -92,9 +94,11 @@ fn children_cpu_s() -> f64 {
 }
 
 /// CPU time of a process, of all that have come from it and run, and of those that ended and were
-/// waited for by one of these, in seconds.
+/// waited for by one of these, in seconds. Those that ended are known to a hundredth of a second only.
 pub(crate) fn tree_cpu_s(pid: u32) -> f64 {
-    let mut all = ticks(&pid.to_string(), 11, 4);
+    let clock = i32::try_from(pid).ok().and_then(|pid| ClockId::pid_cpu_clock_id(Pid::from_raw(pid)).ok());
+    let own = clock.and_then(|clock| clock.now().ok()).map_or(0.0, |time| Duration::from(time).as_secs_f64());
+    let mut all = own + ticks(&pid.to_string(), 13, 2);
     for thread in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
         let children = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
         all += children.split_whitespace().filter_map(|child| child.parse().ok()).map(tree_cpu_s).sum::<f64>();

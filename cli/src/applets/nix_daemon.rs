@@ -11,7 +11,7 @@ use larder_core::settings::Settings;
 use super::nix_store::store::open_for_daemon;
 use super::{Context, print, version};
 use crate::args::{Common, Grammar, UsageError, Words, scan, shown};
-use crate::conf::{Facts, StoreChoice, choose, machine};
+use crate::conf::{Facts, StoreChoice, choose};
 use crate::daemon::Daemon;
 use crate::daemon::relay::relay;
 use crate::daemon::socket::Listener;
@@ -84,10 +84,9 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         relay(&socket).map_err(|source| RelayError { socket: name(), source })?;
         return Ok(Status::SUCCESS);
     }
-    let (store, options, local) = open_for_daemon(cx, &settings)?;
-    let machine = machine(&cx.env, true)?;
+    let (store, rules, local) = open_for_daemon(cx, &settings)?;
     let terminal = Arc::clone(&cx.terminal);
-    let daemon = Daemon::new(store, settings, machine, options, terminal, cx.interrupt.clone(), cx.env.clone());
+    let daemon = Daemon::new(store, settings, rules, terminal, cx.interrupt.clone(), cx.env.clone());
     if low.stdio {
         daemon.serve_stdio()?;
         return Ok(Status::SUCCESS);

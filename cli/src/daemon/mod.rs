@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 
 use larder_core::api::{Store, StoreError};
 use larder_core::report::{Level, Reporter as _};
-use larder_core::settings::{Machine, Settings};
+use larder_core::settings::Settings;
 use larder_core::store_dir::StoreDir;
 use larder_realise::sharing::SharedBuilds;
-use larder_store::{LocalStore, Options};
+use larder_store::LocalStore;
 use larder_wire::Budget;
 use larder_wire::worker::ops::SetOptions;
 use larder_wire::worker::server::{self, Host, Session};
@@ -29,9 +29,9 @@ use larder_wire::worker::tunnel::Tunnel;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::sockopt::socket_peercred;
 
-use self::crew::Crew;
+use self::crew::{Crew, Door, Work};
 use self::notify::notify;
-use self::overlay::Overlays;
+use self::overlay::{Overlays, Rules, Terms};
 use self::peer::{Peer, Trust};
 use self::socket::{Listener, Reader, Shared, SocketLine, StdioLine, StdoutWriter, Writer};
 use crate::applets::NIX_VERSION;
@@ -55,15 +55,12 @@ const READ_BUFFER: usize = 8 << 10;
 const DRAIN: Duration = Duration::from_secs(30);
 pub const LAST_GRACE: Duration = Duration::from_secs(5);
 
-/// How settings become options of the local store.
-pub type StoreOptions = Box<dyn Fn(&Settings) -> Options + Send + Sync>;
-
 /// The program around its connections.
 pub struct Daemon {
     pub store: LocalStore,
-    pub settings: RwLock<Arc<Settings>>,
-    pub machine: Machine,
-    pub options: StoreOptions,
+    /// For a client that wishes nothing else.
+    terms: RwLock<Terms>,
+    rules: Rules,
     pub terminal: Arc<Terminal>,
     pub budget: Arc<Budget>,
     pub interrupt: Interrupt,
@@ -72,7 +69,6 @@ pub struct Daemon {
     overlays: Overlays,
     connections: Mutex<Connections>,
     changed: Condvar,
-    crew: Crew,
 }
 
 #[derive(Default)]
@@ -105,17 +101,15 @@ impl Daemon {
     pub fn new(
         store: LocalStore,
         settings: Settings,
-        machine: Machine,
-        options: StoreOptions,
+        rules: Rules,
         terminal: Arc<Terminal>,
         interrupt: Interrupt,
         env: Env,
     ) -> Self {
         Self {
             store,
-            settings: RwLock::new(Arc::new(settings)),
-            machine,
-            options,
+            terms: RwLock::new(rules.terms(settings)),
+            rules,
             terminal,
             budget: Budget::new(BUDGET),
             interrupt,
@@ -124,12 +118,11 @@ impl Daemon {
             overlays: Overlays::default(),
             connections: Mutex::default(),
             changed: Condvar::new(),
-            crew: Crew::default(),
         }
     }
 
-    fn settings(&self) -> Arc<Settings> {
-        Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
+    fn terms(&self) -> Terms {
+        self.terms.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn connections(&self) -> MutexGuard<'_, Connections> {
@@ -157,6 +150,8 @@ impl Daemon {
         interrupt.count_hangups();
         // What is left to do after the drain, such as closing the ledger, may take its time as well.
         interrupt.hold_for_good();
+        let crew = listener.socket.try_clone().and_then(|socket| Crew::open(Arc::clone(self), socket));
+        let crew = crew.map_err(DaemonError::Poll)?;
         notify(env, "READY=1");
         let mut hangups = 0;
         let mut roused: Option<Instant> = None;
@@ -164,40 +159,27 @@ impl Daemon {
             if hangups != interrupt.hangups() {
                 hangups = interrupt.hangups();
                 if let Some(settings) = reload() {
-                    *self.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+                    *self.terms.write().unwrap_or_else(PoisonError::into_inner) = self.rules.terms(settings);
                     self.log(Level::Info, format_args!("settings were read again"));
                 }
             }
-            let mut fds = [
-                PollFd::from_borrowed_fd(listener.socket.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN),
-            ];
+            let mut fds = [PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN)];
             // The signal wakes us; what it means is known an instant later.
             let soon = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
             let is_roused = roused.is_some_and(|at| at.elapsed() < Duration::from_secs(1));
             match poll(&mut fds, is_roused.then_some(&soon)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(DaemonError::Poll(error.into())),
-            }
-            let [connection, signal] = fds;
-            if signal.revents().contains(PollFlags::IN) {
-                let mut drained = [0; 64];
-                let _ = io::Read::read(&mut &wake, &mut drained);
-                roused = Some(Instant::now());
-            }
-            if connection.revents().contains(PollFlags::IN) {
-                match listener.socket.accept() {
-                    Ok((stream, _)) => self.admit(stream),
-                    // Too many open files, or the client has left already.
-                    Err(error) => {
-                        self.log(Level::Error, format_args!("error: accepting connection: {error}"));
-                        std::thread::sleep(Duration::from_millis(20));
-                    }
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => {
+                    let mut drained = [0; 64];
+                    let _ = io::Read::read(&mut &wake, &mut drained);
+                    roused = Some(Instant::now());
                 }
+                Err(error) => return Err(DaemonError::Poll(error.into())),
             }
         }
         notify(env, "STOPPING=1");
         listener.remove();
+        crew.close(LAST_GRACE);
         self.drain();
         Ok(())
     }
@@ -222,19 +204,13 @@ impl Daemon {
         drop(waited);
     }
 
-    /// Looks who it is, and gives the connection a thread.
-    fn admit(self: &Arc<Self>, stream: UnixStream) {
-        if let Err(error) = self.try_admit(stream) {
-            self.log(Level::Error, format_args!("error processing connection: {error}"));
-        }
-    }
-
-    fn try_admit(self: &Arc<Self>, stream: UnixStream) -> Result<(), AdmitError> {
+    /// Looks who it is.
+    fn try_admit(self: &Arc<Self>, stream: UnixStream) -> Result<Work, AdmitError> {
         let peer = socket_peercred(&stream).map_err(|error| AdmitError::Credentials(error.into()))?;
         let (pid, uid, gid) = (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw(), peer.gid.as_raw());
         let users = self.store.users();
         let peer = Peer::new(users, pid, uid, gid).map_err(AdmitError::Users)?;
-        let settings = self.settings();
+        let settings = self.terms().settings;
         let trust = peer.judge(&settings, users).map_err(AdmitError::Users)?;
         let trust = trust.ok_or_else(|| AdmitError::NotAllowed { user: peer.user.clone() })?;
         let shared = Shared::new(stream, stall_limit(&settings));
@@ -252,7 +228,7 @@ impl Daemon {
         let place = Place { daemon: Arc::clone(self), number };
         let suffix = if trust == Trust::Trusted { " (trusted)" } else { "" };
         self.log(Level::Info, format_args!("accepted connection from pid {pid}, user {}{suffix}", peer.user));
-        let served = self.crew.call(Box::new(move || {
+        Ok(Box::new(move || {
             let daemon = Arc::clone(&place.daemon);
             let options = server::Options {
                 first_id: u64::from(number) << 32,
@@ -266,8 +242,7 @@ impl Daemon {
                 daemon.log(Level::Talkative, format_args!("connection from pid {pid} ended: {text}"));
             }
             drop(place);
-        }));
-        served.map_err(AdmitError::Thread)
+        }))
     }
 
     /// Serves one client on standard input and output.
@@ -302,8 +277,6 @@ enum AdmitError {
     Credentials(io::Error),
     #[error("reading the users and groups: {0}")]
     Users(io::Error),
-    #[error("starting a thread: {0}")]
-    Thread(io::Error),
 }
 
 /// A connection's place in the list, given back when its thread ends in whatever way.
@@ -330,17 +303,29 @@ struct ClientSession<'d> {
     tunnel: Arc<Tunnel>,
 }
 
+impl Door for Daemon {
+    fn admit(self: &Arc<Self>, stream: UnixStream) -> Option<Work> {
+        let admitted = self.try_admit(stream);
+        admitted.inspect_err(|e| self.log(Level::Error, format_args!("error processing connection: {e}"))).ok()
+    }
+
+    fn complain(&self, what: &str, error: &io::Error) {
+        self.log(Level::Error, format_args!("error: {what}: {error}"));
+    }
+}
+
 impl Host for Daemon {
     fn dir(&self) -> &StoreDir {
         self.store.dir()
     }
 
     fn open(&self, tunnel: Arc<Tunnel>, _trusted: bool) -> Result<Box<dyn Session + '_>, StoreError> {
-        let base = self.settings();
-        let local = self.store.session((self.options)(&base), Arc::clone(&tunnel) as _);
+        let Terms { settings, options } = self.terms();
+        let local = self.store.session(options, Arc::clone(&tunnel) as _);
+        let base = Arc::clone(&settings);
         let engine = Engine {
             local,
-            settings: Arc::clone(&base),
+            settings,
             builds: Arc::clone(&self.builds),
             hides_logs: !tunnel.shows_logs(),
             interrupt: self.interrupt.clone(),
@@ -356,15 +341,15 @@ impl Session for ClientSession<'_> {
     }
 
     fn configure(&mut self, wishes: &SetOptions, trusted: bool) {
-        let found = self.daemon.overlays.of(&self.base, &self.daemon.machine, wishes, trusted);
+        let found = self.daemon.overlays.of(&self.base, &self.daemon.rules, wishes, trusted);
         for text in &found.warnings {
             self.tunnel.message(Level::Warn, format_args!("{text}"));
         }
         for text in &found.debug {
             self.tunnel.message(Level::Debug, format_args!("{text}"));
         }
-        self.engine.local.set_options((self.daemon.options)(&found.settings));
-        self.engine.settings = Arc::clone(&found.settings);
+        self.engine.local.set_options(Arc::clone(&found.terms.options));
+        self.engine.settings = Arc::clone(&found.terms.settings);
         self.engine.hides_logs = !self.tunnel.shows_logs();
     }
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use larder_core::settings::{Machine, Settings, SettingsBuilder, find};
+use larder_store::Options;
 use larder_wire::worker::ops::SetOptions;
 
 /// Never taken from a client: a feature must be on at both sides, and the rest would be a danger
@@ -15,10 +16,37 @@ const IGNORED: &[&str] = &["experimental-features", "plugin-files", "ssh-auth-so
 /// What any client may set.
 const FREE: &[&str] = &["build-poll-interval", "connect-timeout", "max-silent-time", "repeat", "timeout"];
 
+/// What is done for a client, and how.
+#[derive(Debug, Clone)]
+pub struct Terms {
+    pub settings: Arc<Settings>,
+    /// What the settings mean for the local store.
+    pub options: Arc<Options>,
+}
+
+/// What settings mean here.
+pub struct Rules {
+    pub machine: Machine,
+    /// How settings become options of the local store.
+    pub options: Box<dyn Fn(&Settings) -> Options + Send + Sync>,
+}
+
+impl std::fmt::Debug for Rules {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rules").field("machine", &self.machine).finish_non_exhaustive()
+    }
+}
+
+impl Rules {
+    pub fn terms(&self, settings: Settings) -> Terms {
+        Terms { options: Arc::new((self.options)(&settings)), settings: Arc::new(settings) }
+    }
+}
+
 /// What came of a client's wishes.
 #[derive(Debug)]
 pub struct Overlay {
-    pub settings: Arc<Settings>,
+    pub terms: Terms,
     /// For the client.
     pub warnings: Vec<String>,
     /// For the client, if it wants to know everything.
@@ -42,14 +70,14 @@ const MAX_REMEMBERED: usize = 64 << 10;
 
 impl Overlays {
     /// As [`overlay`].
-    pub fn of(&self, base: &Arc<Settings>, machine: &Machine, wishes: &SetOptions, trusted: bool) -> Arc<Overlay> {
+    pub fn of(&self, base: &Arc<Settings>, rules: &Rules, wishes: &SetOptions, trusted: bool) -> Arc<Overlay> {
         let slot = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(last) = &*slot()
             && (Arc::ptr_eq(&last.base, base), last.trusted, &last.wishes) == (true, trusted, wishes)
         {
             return Arc::clone(&last.overlay);
         }
-        let overlay = Arc::new(overlay(base, machine, wishes, trusted));
+        let overlay = Arc::new(overlay(base, rules, wishes, trusted));
         let length: usize = wishes.overrides.0.iter().map(|(name, value)| name.len() + value.len()).sum();
         if length <= MAX_REMEMBERED {
             let (base, wishes, overlay) = (Arc::clone(base), wishes.clone(), Arc::clone(&overlay));
@@ -60,8 +88,8 @@ impl Overlays {
 }
 
 /// Puts a client's wishes over the daemon's settings.
-pub fn overlay(base: &Settings, machine: &Machine, wishes: &SetOptions, trusted: bool) -> Overlay {
-    let mut builder = SettingsBuilder::over(base.clone(), machine.clone());
+pub fn overlay(base: &Settings, rules: &Rules, wishes: &SetOptions, trusted: bool) -> Overlay {
+    let mut builder = SettingsBuilder::over(base.clone(), rules.machine.clone());
     let (mut warnings, mut debug) = (Vec::new(), Vec::new());
     for (name, value) in [
         ("keep-failed", wishes.keep_failed.to_string()),
@@ -104,7 +132,7 @@ pub fn overlay(base: &Settings, machine: &Machine, wishes: &SetOptions, trusted:
     }
     let configured = builder.finish();
     warnings.extend(configured.warnings.iter().map(|warning| larder_core::report::chain(warning)));
-    Overlay { settings: Arc::new(configured.settings), warnings, debug }
+    Overlay { terms: rules.terms(configured.settings), warnings, debug }
 }
 
 /// The substituters that an untrusted client may use, and those that it may not.
@@ -129,11 +157,12 @@ fn allowed_substituters<'a>(base: &Settings, value: &'a str) -> (Vec<String>, Ve
 mod tests {
     use super::*;
     use larder_core::settings::Os;
+    use larder_store::Options;
     use larder_wire::value::{Obsolete, One};
     use larder_wire::worker::ops::Overrides;
 
-    fn machine() -> Machine {
-        Machine {
+    fn rules() -> Rules {
+        let machine = Machine {
             cores: 4,
             root: true,
             system: "x86_64-linux".into(),
@@ -142,11 +171,12 @@ mod tests {
             kvm: false,
             conf_dir: "/etc/nix".into(),
             build_hook: String::new(),
-        }
+        };
+        Rules { machine, options: Box::new(|_| Options::default()) }
     }
 
     fn asked(pairs: &[(&str, &str)], trusted: bool) -> Overlay {
-        let mut base = Settings::new(&machine());
+        let mut base = Settings::new(&rules().machine);
         base.trusted_substituters.insert("https://b.example/".into());
         let pairs = pairs.iter().map(|(name, value)| ((*name).to_owned(), value.as_bytes().into()));
         let wishes = SetOptions {
@@ -164,13 +194,13 @@ mod tests {
             use_substitutes: false,
             overrides: Overrides(pairs.collect()),
         };
-        overlay(&base, &machine(), &wishes, trusted)
+        overlay(&base, &rules(), &wishes, trusted)
     }
 
     #[test]
     fn fixed_fields_are_for_everybody() {
         for trusted in [true, false] {
-            let settings = asked(&[], trusted).settings;
+            let settings = asked(&[], trusted).terms.settings;
             assert!(settings.keep_failed && !settings.substitute);
             assert_eq!((settings.max_jobs.0, settings.cores), (7, 2));
         }
@@ -179,9 +209,9 @@ mod tests {
     #[test]
     fn what_an_untrusted_client_may_set() {
         let after = |name: &str, wish: &str, trusted| {
-            asked(&[(name, wish)], trusted).settings.get(find(name).unwrap().name).unwrap()
+            asked(&[(name, wish)], trusted).terms.settings.get(find(name).unwrap().name).unwrap()
         };
-        let default = |name: &str| asked(&[], true).settings.get(find(name).unwrap().name).unwrap();
+        let default = |name: &str| asked(&[], true).terms.settings.get(find(name).unwrap().name).unwrap();
         for (name, wish, for_all) in [
             ("timeout", "17", true),
             ("build-timeout", "17", true),
@@ -209,7 +239,7 @@ mod tests {
     fn nobody_sets_these() {
         for trusted in [true, false] {
             let found = asked(&[("experimental-features", "ca-derivations"), ("plugin-files", "/x")], trusted);
-            assert!(found.settings.experimental_features.is_empty());
+            assert!(found.terms.settings.experimental_features.is_empty());
             assert_eq!((found.warnings.len(), found.debug.len()), (0, 0));
         }
     }
@@ -217,17 +247,17 @@ mod tests {
     #[test]
     fn untrusted_substituters() {
         let found = asked(&[("substituters", "https://b.example https://evil.example")], false);
-        assert_eq!(found.settings.substituters, ["https://b.example/"]);
+        assert_eq!(found.terms.settings.substituters, ["https://b.example/"]);
         assert!(found.warnings[0].starts_with("ignoring untrusted substituter 'https://evil.example'"));
         let found = asked(&[("extra-substituters", "https://evil.example")], false);
-        assert_eq!(found.settings.substituters, ["https://cache.nixos.org/"]);
+        assert_eq!(found.terms.settings.substituters, ["https://cache.nixos.org/"]);
     }
 
     /// What is remembered is of the same settings, the same wishes and the same trust.
     #[test]
     fn only_the_same_is_remembered() {
-        let (overlays, machine) = (Overlays::default(), machine());
-        let base = Arc::new(Settings::new(&machine));
+        let (overlays, rules) = (Overlays::default(), rules());
+        let base = Arc::new(Settings::new(&rules.machine));
         let mut wishes = SetOptions {
             keep_failed: false,
             keep_going: false,
@@ -243,28 +273,28 @@ mod tests {
             use_substitutes: false,
             overrides: Overrides(vec![("sandbox".into(), b"relaxed".as_slice().into())]),
         };
-        let first = overlays.of(&base, &machine, &wishes, true);
-        assert!(Arc::ptr_eq(&first, &overlays.of(&base, &machine, &wishes, true)));
-        let untrusted = overlays.of(&base, &machine, &wishes, false);
-        assert_ne!(untrusted.settings.sandbox, first.settings.sandbox);
-        assert_eq!(overlays.of(&base, &machine, &wishes, true).settings.sandbox, first.settings.sandbox);
+        let first = overlays.of(&base, &rules, &wishes, true);
+        assert!(Arc::ptr_eq(&first, &overlays.of(&base, &rules, &wishes, true)));
+        let untrusted = overlays.of(&base, &rules, &wishes, false);
+        assert_ne!(untrusted.terms.settings.sandbox, first.terms.settings.sandbox);
+        assert_eq!(overlays.of(&base, &rules, &wishes, true).terms.settings.sandbox, first.terms.settings.sandbox);
         wishes.build_cores = 3;
-        assert_eq!(overlays.of(&base, &machine, &wishes, true).settings.cores, 3);
+        assert_eq!(overlays.of(&base, &rules, &wishes, true).terms.settings.cores, 3);
         // The daemon's own settings were read again.
         let mut other = Settings::clone(&base);
         other.trusted_substituters.insert("https://b.example/".into());
-        let after = overlays.of(&Arc::new(other), &machine, &wishes, true);
-        assert!(after.settings.trusted_substituters.contains("https://b.example/"));
+        let after = overlays.of(&Arc::new(other), &rules, &wishes, true);
+        assert!(after.terms.settings.trusted_substituters.contains("https://b.example/"));
         // What is too long is not.
         wishes.overrides.0.push(("x".into(), vec![b'x'; MAX_REMEMBERED].into()));
-        let long = overlays.of(&base, &machine, &wishes, true);
-        assert!(!Arc::ptr_eq(&long, &overlays.of(&base, &machine, &wishes, true)));
+        let long = overlays.of(&base, &rules, &wishes, true);
+        assert!(!Arc::ptr_eq(&long, &overlays.of(&base, &rules, &wishes, true)));
     }
 
     #[test]
     fn odd_values_are_warnings() {
         let found = asked(&[("cores", "x"), ("zork", "1"), ("timeout", "\u{fffd}")], true);
-        assert_eq!(found.settings.cores, 2);
+        assert_eq!(found.terms.settings.cores, 2);
         assert!(found.warnings.iter().any(|w| w == "unknown setting 'zork'"), "{:?}", found.warnings);
     }
 }

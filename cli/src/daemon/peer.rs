@@ -2,6 +2,7 @@
 //!
 //! Source: protocols, section 2.8; cli, section 9.
 
+use std::cell::OnceCell;
 use std::io;
 
 use larder_core::settings::Settings;
@@ -15,16 +16,23 @@ pub struct Peer {
     pub gid: u32,
     /// The user's name, or the number where there is none.
     pub user: String,
-    /// The name of the primary group, or the number.
-    pub group: String,
+    /// The name of the primary group, or the number, once somebody wants to know.
+    group: OnceCell<String>,
 }
 
 impl Peer {
-    /// Looks the names up.
+    /// Looks the user's name up.
     pub fn new(users: &Users, pid: i32, uid: u32, gid: u32) -> io::Result<Self> {
         let user = users.user_by_uid(uid)?.map_or_else(|| uid.to_string(), |user| user.name);
-        let group = users.group_by_gid(gid)?.map_or_else(|| gid.to_string(), |group| group.name);
-        Ok(Self { pid, uid, gid, user, group })
+        Ok(Self { pid, uid, gid, user, group: OnceCell::new() })
+    }
+
+    fn group(&self, users: &Users) -> io::Result<&str> {
+        if let Some(group) = self.group.get() {
+            return Ok(group);
+        }
+        let found = users.group_by_gid(self.gid)?;
+        Ok(self.group.get_or_init(|| found.map_or_else(|| self.gid.to_string(), |group| group.name)))
     }
 
     /// Does a list of names, `@group`s and `*` mean this peer?
@@ -36,7 +44,7 @@ impl Peer {
             let matches = match entry.strip_prefix('@') {
                 _ if entry == "*" => true,
                 None => *entry == self.user,
-                Some(group) if group == self.group => true,
+                Some(group) if group == self.group(users)? => true,
                 Some(group) => users.group_by_name(group)?.is_some_and(|group| group.members.contains(&self.user)),
             };
             if matches {
@@ -49,7 +57,7 @@ impl Peer {
     /// May it connect, and is it trusted then? `None` for a peer that is refused.
     pub fn judge(&self, settings: &Settings, users: &Users) -> io::Result<Option<Trust>> {
         // A builder must not talk to the daemon that watches over it.
-        if !settings.build_users_group.is_empty() && self.group == settings.build_users_group {
+        if !settings.build_users_group.is_empty() && self.group(users)? == settings.build_users_group {
             return Ok(None);
         }
         if self.is_in(&settings.trusted_users, users)? {

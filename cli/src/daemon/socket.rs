@@ -15,7 +15,7 @@ use larder_fs::file_error::FileError;
 use larder_wire::worker::tunnel::{Line, Outlet};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, send};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use crate::conf::Env;
 
@@ -145,16 +145,57 @@ impl Shared {
     }
 }
 
+/// How a socket is read without waking for nothing.
+///
+/// Whoever sleeps in `recv` is woken not only by what comes, but also each time the other side takes
+/// some of what it was sent. Whoever sleeps in `poll` for what comes is not.
+#[derive(Debug, Default)]
+pub struct Ear {
+    /// Did the last piece fill what there was room for, so that there probably is more?
+    is_flowing: bool,
+}
+
+impl Ear {
+    /// What comes next, in at most so long. `None`: nothing did, and there may be some time left.
+    pub fn hear(
+        &mut self,
+        socket: &UnixStream,
+        into: &mut [u8],
+        at_most: Option<Duration>,
+    ) -> io::Result<Option<usize>> {
+        if !self.is_flowing {
+            let at_most = at_most.map(|left| rustix::event::Timespec {
+                tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            });
+            match poll(&mut [PollFd::new(socket, PollFlags::IN)], at_most.as_ref()) {
+                Ok(0) | Err(Errno::INTR) => return Ok(None),
+                outcome => outcome?,
+            };
+        }
+        match recv(socket, &mut *into, RecvFlags::DONTWAIT) {
+            Ok((n, _)) => {
+                self.is_flowing = n == into.len();
+                Ok(Some(n))
+            }
+            Err(Errno::AGAIN) => {
+                self.is_flowing = false;
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
 /// The reading end of a socket.
 pub struct Reader {
     shared: Arc<Shared>,
-    /// The time limit that the socket has now.
-    limit: Option<Duration>,
+    ear: Ear,
 }
 
 impl Reader {
-    pub const fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, limit: None }
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, ear: Ear::default() }
     }
 
     /// When what is read now must have come.
@@ -172,24 +213,38 @@ impl Reader {
 }
 
 impl Read for Reader {
-    /// The socket's own limit is set as seldom as can be, which takes a system call each time: it may be
-    /// too short, as whoever runs into it looks at the clock and goes on, or somewhat too long.
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let deadline = self.deadline();
-        let mut waited = false;
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            let is_too_long = left.is_some_and(|left| self.limit.is_none_or(|limit| limit > left + left / 4));
-            if is_too_long || waited && left != self.limit {
-                self.shared.stream.set_read_timeout(left)?;
-                self.limit = left;
+            if let Some(n) = self.ear.hear(&self.shared.stream, into, left)? {
+                return Ok(n);
             }
-            match (&self.shared.stream).read(into) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => waited = true,
-                outcome => return outcome,
+        }
+    }
+}
+
+/// The reading end of a socket to a daemon, which may take as long as it will.
+#[derive(Debug)]
+pub struct PatientReader {
+    stream: UnixStream,
+    ear: Ear,
+}
+
+impl PatientReader {
+    pub fn new(stream: UnixStream) -> Self {
+        Self { stream, ear: Ear::default() }
+    }
+}
+
+impl Read for PatientReader {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if let Some(n) = self.ear.hear(&self.stream, into, None)? {
+                return Ok(n);
             }
         }
     }

@@ -27,6 +27,7 @@ use larder_wire::worker::ops::{Overrides, SetOptions};
 use self::address::{Address, AddressError, Scheme};
 use self::ssh::{Ssh, SshError};
 use crate::conf::{ConfError, Env, LocalStore, StoreChoice};
+use crate::daemon::socket::PatientReader;
 
 /// Bytes that are read, or written, at a time.
 const BUFFER: usize = 64 << 10;
@@ -178,7 +179,7 @@ fn greet_daemon(
     let path = || socket.to_owned();
     let connect = || {
         let stream = self::connect(socket)?;
-        Ok::<_, std::io::Error>((stream.try_clone()?, stream))
+        Ok::<_, std::io::Error>((PatientReader::new(stream.try_clone()?), stream))
     };
     let (input, output) = connect().map_err(|source| RemoteError::Connect { path: path(), source })?;
     let input = Box::new(BufReader::with_capacity(BUFFER, input));

@@ -81,7 +81,7 @@ impl Shop for Counter {
     }
 
     fn hold<'s>(&'s self, path: &'s StorePath) -> Result<Box<dyn Held + 's>, StoreError> {
-        let session = self.store.session(self.store.options().clone(), self.store.shared_reporter());
+        let session = self.store.session(Arc::clone(self.store.options()), self.store.shared_reporter());
         protect(&session, &BTreeSet::from([path.clone()]))?;
         Ok(Box::new(Lent { session, path }))
     }
@@ -131,7 +131,7 @@ impl Receiver<'_> {
     fn session(&self) -> Arc<LocalStore> {
         let mut shift = self.shift.lock().unwrap_or_else(PoisonError::into_inner);
         if shift.began.elapsed() > SHIFT {
-            let next = Arc::new(self.store.session(self.store.options().clone(), self.store.shared_reporter()));
+            let next = Arc::new(self.store.session(Arc::clone(self.store.options()), self.store.shared_reporter()));
             shift.last = Some(std::mem::replace(&mut shift.present, next));
             shift.began = Instant::now();
         }
@@ -207,7 +207,9 @@ pub(super) fn serve(cx: &Context, settings: &Settings, args: &Serve) -> Result<(
         form: if settings.compress_build_log { Form::Compressed } else { Form::Plain },
         shift: Mutex::new(Shift {
             began: Instant::now(),
-            present: Arc::new(counter.store.session(counter.store.options().clone(), counter.store.shared_reporter())),
+            present: Arc::new(
+                counter.store.session(Arc::clone(counter.store.options()), counter.store.shared_reporter()),
+            ),
             last: None,
         }),
     };

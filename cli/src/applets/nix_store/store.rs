@@ -29,8 +29,9 @@ use crate::args::nix_store::{BuildMode, Command, GcAction, Query};
 use crate::args::{Common, shown};
 use crate::builds::expand_tabs;
 use crate::conf::{self, Facts, StoreChoice, choose};
+use crate::daemon::LAST_GRACE;
+use crate::daemon::overlay::Rules;
 use crate::daemon::socket::{StdioLine, StdoutWriter};
-use crate::daemon::{LAST_GRACE, StoreOptions};
 use crate::engine::Engine;
 use crate::exit::{Failure, Status};
 use crate::interrupt::Interrupt;
@@ -193,12 +194,12 @@ fn open_local(
 pub(in crate::applets) fn open_for_daemon(
     cx: &Context,
     settings: &Settings,
-) -> Result<(LocalStore, StoreOptions, conf::LocalStore), Failure> {
+) -> Result<(LocalStore, Rules, conf::LocalStore), Failure> {
     let store = open_for_many(cx, settings, Access::ReadWrite)?;
     let StoreChoice::Local(local) = choose(&settings.store, &cx.env, Facts::gather(&cx.env, true)?)? else {
         return Err(StoreOpError::NotLocal { uri: settings.store.clone() }.into());
     };
-    let base = store.options().clone();
+    let base = Arc::clone(store.options());
     let options = move |settings: &Settings| Options {
         free_space_file: base.free_space_file.clone(),
         gc_sync_file: base.gc_sync_file.clone(),
@@ -206,7 +207,8 @@ pub(in crate::applets) fn open_for_daemon(
         held_locks: base.held_locks.clone(),
         ..of_settings(settings)
     };
-    Ok((store, Box::new(options), local))
+    let rules = Rules { machine: conf::machine(&cx.env, true)?, options: Box::new(options) };
+    Ok((store, rules, local))
 }
 
 /// `--serve`: commands of another machine on standard input and output.
@@ -218,7 +220,7 @@ pub(super) fn serve(cx: &Context, settings: Settings, write: bool) -> Result<(),
         line: StdioLine(cx.interrupt.clone()),
         builds: AtomicBool::new(false),
     });
-    let local = local.session(local.options().clone(), Arc::clone(&voice) as _);
+    let local = local.session(Arc::clone(local.options()), Arc::clone(&voice) as _);
     let (interrupt, env) = (cx.interrupt.clone(), Arc::new(cx.env.clone()));
     let settings = Arc::new(settings);
     let engine = Engine { local, settings, builds: Arc::default(), hides_logs: false, interrupt, env };
