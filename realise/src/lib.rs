@@ -2,12 +2,14 @@
 
 pub mod build;
 pub mod copy;
+mod crew;
 pub mod derivations;
 pub mod driver;
 pub mod errand;
 pub mod hook;
 pub mod job;
 pub mod logs;
+mod mailbox;
 pub mod missing;
 pub mod plan;
 pub mod results;

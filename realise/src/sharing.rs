@@ -1,6 +1,6 @@
 //! Builds that belong to a process with many clients: what several of them want is built once.
 //!
-//! A build has a thread of its own, and whoever wants its outputs follows it: hears what it says,
+//! A build has a thread to itself, and whoever wants its outputs follows it: hears what it says,
 //! the log from its last part on, and what comes of it. It goes on while anybody follows, so a
 //! client that goes away cancels what only it wanted. The settings are those of the first. What
 //! failed because of these (a time limit, say) is no verdict for the others, who try again.
@@ -9,10 +9,8 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use larder_core::derivation::Derivation;
 use larder_core::report::{Level, Reporter};
 use larder_core::store_path::StorePath;
@@ -20,8 +18,10 @@ use larder_sandbox::launch::Launcher;
 use larder_store::LocalStore;
 
 use crate::build::{self, BuildSettings};
+use crate::crew::Crew;
 use crate::driver::Builder;
 use crate::job::{Failure, FailureKind, Job, Mode, Outcome, Watch};
+use crate::mailbox::Mailbox;
 
 /// How often a follower asks whether its own client is still there.
 const LOOK_UP: Duration = Duration::from_millis(100);
@@ -43,6 +43,7 @@ pub struct SharedBuilds {
     /// How many threads there are; builds that nobody wants any more among them.
     threads: Mutex<usize>,
     changed: Condvar,
+    crew: Crew,
 }
 
 /// Builds for one client.
@@ -62,7 +63,7 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    followers: HashMap<u64, Sender<Said>>,
+    followers: HashMap<u64, Arc<Mailbox<Said>>>,
     last: u64,
     started: bool,
     log: VecDeque<u8>,
@@ -87,8 +88,7 @@ impl fmt::Debug for Shared {
 impl Shared {
     fn say(state: &State, what: &dyn Fn() -> Said) {
         for follower in state.followers.values() {
-            // One that has just gone hears nothing.
-            let _ = follower.send(what());
+            follower.post(what());
         }
     }
 
@@ -98,17 +98,17 @@ impl Shared {
         if state.over {
             return None;
         }
-        let (to, from) = unbounded();
+        let from = Arc::new(Mailbox::default());
         if state.started {
-            let _ = to.send(Said::Started);
+            from.post(Said::Started);
         }
         if !state.log.is_empty() {
             let log: Vec<u8> = state.log.iter().copied().collect();
-            let _ = to.send(Said::Log(log.into()));
+            from.post(Said::Log(log.into()));
         }
         state.last += 1;
         let number = state.last;
-        state.followers.insert(number, to);
+        state.followers.insert(number, Arc::clone(&from));
         Some(Seat { build: Arc::clone(self), number, from, is_first })
     }
 }
@@ -161,7 +161,7 @@ impl Reporter for Shared {
 struct Seat {
     build: Arc<Shared>,
     number: u64,
-    from: Receiver<Said>,
+    from: Arc<Mailbox<Said>>,
     /// The build is done with this one's settings.
     is_first: bool,
 }
@@ -199,11 +199,11 @@ impl SharedBuilds {
         let seat = build.follow(true).ok_or(std::io::ErrorKind::NotFound)?;
         let (builds, settings, job) = (Arc::clone(self), Arc::clone(settings), job.clone());
         let drv = job.drv_path.clone();
-        // Roots of its own, so that it needs nothing of the client that began it.
-        let store = store.session(Arc::clone(store.options()), Arc::clone(&build) as _);
+        // The roots of the client that began it stay as long as it needs them.
+        let store = store.with_reporter(Arc::clone(&build) as _);
         let this = Arc::clone(&build);
         *lock(&self.threads) += 1;
-        let spawned = thread::Builder::new().name("shared build".to_owned()).spawn(move || {
+        let called = self.crew.call(Box::new(move || {
             let built = AssertUnwindSafe(|| build::run(&store, &settings, &job, &*this));
             let outcome = std::panic::catch_unwind(built).unwrap_or_else(|_| {
                 let drv = store.dir().display(&job.drv_path);
@@ -223,8 +223,8 @@ impl SharedBuilds {
             drop(store);
             *lock(&builds.threads) -= 1;
             builds.changed.notify_all();
-        });
-        if let Err(error) = spawned {
+        }));
+        if let Err(error) = called {
             *lock(&self.threads) -= 1;
             return Err(error);
         }
@@ -241,13 +241,12 @@ impl<'a> Sharing<'a> {
     /// Follows a build to its end; `None` if it ended in a way that says nothing to this client.
     fn follow(&self, seat: &Seat, job: &Job, watch: &dyn Watch) -> Option<Outcome> {
         loop {
-            match seat.from.recv_timeout(LOOK_UP) {
-                Ok(Said::Started) => watch.started(),
-                Ok(Said::Log(bytes)) => watch.log(&bytes),
-                Ok(Said::Message(level, text)) => self.store.reporter().message(level, format_args!("{text}")),
-                Ok(Said::Ended(outcome)) => return verdict(&outcome, seat.is_first),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return None,
+            match seat.from.next_within(LOOK_UP) {
+                Some(Said::Started) => watch.started(),
+                Some(Said::Log(bytes)) => watch.log(&bytes),
+                Some(Said::Message(level, text)) => self.store.reporter().message(level, format_args!("{text}")),
+                Some(Said::Ended(outcome)) => return verdict(&outcome, seat.is_first),
+                None => {}
             }
             if watch.is_cancelled() {
                 let text = format!("build of '{}' was cancelled", self.store.dir().display(&job.drv_path));

@@ -104,7 +104,7 @@ pub struct LocalStore {
     dirs: Arc<OpenDirs>,
     /// `None` only in a store that is opened for reading and has no ledger yet: it is empty.
     db: Option<Arc<StoreDb>>,
-    temp_roots: OnceLock<TempRoots>,
+    temp_roots: Arc<OnceLock<TempRoots>>,
     pub(crate) room: Mutex<crate::room::Room>,
     /// Hashes of derivations seen so far.
     pub(crate) derivations: Mutex<Memo>,
@@ -176,7 +176,7 @@ impl LocalStore {
             access,
             dirs: Arc::new(dirs),
             db: db.map(Arc::new),
-            temp_roots: OnceLock::new(),
+            temp_roots: Arc::default(),
             room: Mutex::default(),
             derivations: Mutex::default(),
             theirs: Mutex::default(),
@@ -195,11 +195,17 @@ impl LocalStore {
             access: self.access,
             dirs: Arc::clone(&self.dirs),
             db: self.db.clone(),
-            temp_roots: OnceLock::new(),
+            temp_roots: Arc::default(),
             room: Mutex::default(),
             derivations: Mutex::default(),
             theirs: Mutex::default(),
         }
+    }
+
+    /// The same with another to tell; temporary roots are shared, and go with the last that has them.
+    #[must_use]
+    pub fn with_reporter(&self, reporter: Arc<dyn Reporter + Send + Sync>) -> Self {
+        Self { temp_roots: Arc::clone(&self.temp_roots), ..self.session(Arc::clone(&self.options), reporter) }
     }
 
     /// Goes on with other options.

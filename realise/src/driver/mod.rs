@@ -22,7 +22,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
 use larder_core::derivation::OutputName;
 use larder_core::report::Level;
 use larder_core::settings::Settings;
@@ -36,6 +35,7 @@ pub use self::report::{Ended, RealiseError, Report};
 use self::watch::Watcher;
 use crate::derivations::Derivations;
 use crate::job::{Failure, FailureKind, Job, Mode, Outcome, Watch};
+use crate::mailbox::Mailbox;
 use crate::plan::{self, Action, Built, Delegated, Event, Fetched, Notice, Options, Plan, Target};
 use crate::substitute::Substituters;
 
@@ -160,7 +160,7 @@ impl<'a> Driver<'a> {
         let cancel = AtomicBool::new(false);
         let questions = self.substituters.map_or(1, Substituters::parallel_questions);
         thread::scope(|scope| {
-            let (done, finished) = unbounded::<Event>();
+            let done = Arc::new(Mailbox::<Event>::default());
             let (cancel, activities) = (&cancel, &activities);
             let mut run = Run {
                 driver: self,
@@ -176,7 +176,7 @@ impl<'a> Driver<'a> {
                     move |job: Job, done| {
                         let drv = job.drv_path.clone();
                         let built = self.build(&job, cancel, activities);
-                        drop(done.send(Event::Built { drv, built }));
+                        done.post(Event::Built { drv, built });
                     },
                 ),
                 offers: Pool::new(
@@ -191,7 +191,7 @@ impl<'a> Driver<'a> {
                     },
                     move |task: Offer, done| {
                         let drv = task.job.drv_path.clone();
-                        let say = |answer| drop(done.send(Event::Delegated { drv: drv.clone(), answer }));
+                        let say = |answer| done.post(Event::Delegated { drv: drv.clone(), answer });
                         say(self.offer(&task, cancel, activities, &|| say(Delegated::Accepted)));
                     },
                 ),
@@ -206,7 +206,7 @@ impl<'a> Driver<'a> {
                         Event::Fetched { path, fetched }
                     },
                     move |task: Fetch, done| {
-                        self.fetch(&task, &|path, fetched| drop(done.send(Event::Fetched { path, fetched })));
+                        self.fetch(&task, &|path, fetched| done.post(Event::Fetched { path, fetched }));
                     },
                 ),
                 questions: Pool::new(
@@ -222,10 +222,10 @@ impl<'a> Driver<'a> {
                     move |question: Question, done| {
                         let Question { path, after } = question;
                         let offer = self.substituters.map_or(plan::Offer::Nobody, |from| from.offer(&path, after));
-                        drop(done.send(Event::Offer { path, offer }));
+                        done.post(Event::Offer { path, offer });
                     },
                 ),
-                finished,
+                finished: done,
                 poll_at: None,
             };
             run.drive(&mut plan, targets.to_vec());
@@ -317,7 +317,7 @@ struct Run<'a, 's> {
     offers: Pool<'s, Offer>,
     fetches: Pool<'s, Fetch>,
     questions: Pool<'s, Question>,
-    finished: Receiver<Event>,
+    finished: Arc<Mailbox<Event>>,
     poll_at: Option<Instant>,
 }
 
@@ -436,27 +436,24 @@ impl Run<'_, '_> {
                 return vec![Event::Poll];
             }
             let patience = self.poll_at.map_or(LOOK_UP, |at| LOOK_UP.min(at - now));
-            match self.finished.recv_timeout(patience) {
-                Ok(first) => {
-                    let mut all: Vec<Event> = std::iter::once(first).chain(self.finished.try_iter()).collect();
-                    for event in &all {
-                        match event {
-                            Event::Built { .. } => self.builds.is_back(),
-                            Event::Delegated { answer: Delegated::Accepted, .. } => {}
-                            Event::Delegated { .. } => self.offers.is_back(),
-                            Event::Fetched { .. } => self.fetches.is_back(),
-                            _ => self.questions.is_back(),
-                        }
-                    }
-                    // A builder may have heard of it before us: then it has not failed, but was stopped.
-                    if !stopped && self.driver.store.reporter().is_cancelled() {
-                        all.insert(0, Event::Interrupt);
-                    }
-                    return all;
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return vec![Event::Interrupt],
+            let mut all = Vec::from(self.finished.all_within(patience));
+            if all.is_empty() {
+                continue;
             }
+            for event in &all {
+                match event {
+                    Event::Built { .. } => self.builds.is_back(),
+                    Event::Delegated { answer: Delegated::Accepted, .. } => {}
+                    Event::Delegated { .. } => self.offers.is_back(),
+                    Event::Fetched { .. } => self.fetches.is_back(),
+                    _ => self.questions.is_back(),
+                }
+            }
+            // A builder may have heard of it before us: then it has not failed, but was stopped.
+            if !stopped && self.driver.store.reporter().is_cancelled() {
+                all.insert(0, Event::Interrupt);
+            }
+            return all;
         }
     }
 }

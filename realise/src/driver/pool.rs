@@ -1,18 +1,19 @@
 //! Threads that do one sort of work, made as they are needed.
 
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::thread::{self, Scope};
 
-use crossbeam_channel::{Sender, unbounded};
 use larder_core::store_path::StorePath;
 
+use crate::mailbox::Mailbox;
 use crate::plan::Event;
 
 pub(super) const NO_THREAD: &str = "cannot start a thread";
 
 /// Work for threads.
 pub(super) struct Pool<'s, T> {
-    tasks: Sender<T>,
+    tasks: Arc<Mailbox<T>>,
     /// Threads without a task.
     idle: usize,
     threads: usize,
@@ -27,23 +28,22 @@ impl<'s, T: Send + 's> Pool<'s, T> {
         scope: &'s Scope<'s, 'e>,
         name: &'static str,
         most: impl TryInto<usize>,
-        done: &Sender<Event>,
+        done: &Arc<Mailbox<Event>>,
         key: fn(&T) -> &StorePath,
         broken: impl Fn(StorePath) -> Event + Send + Clone + 's,
-        work: impl Fn(T, &Sender<Event>) + Send + Clone + 's,
+        work: impl Fn(T, &Mailbox<Event>) + Send + Clone + 's,
     ) -> Self {
-        let (tasks, waiting) = unbounded::<T>();
-        let done = done.clone();
+        let tasks = Arc::new(Mailbox::<T>::default());
+        let (waiting, done) = (Arc::clone(&tasks), Arc::clone(done));
         let spawn = move || {
-            let (waiting, done, work, broken) = (waiting.clone(), done.clone(), work.clone(), broken.clone());
+            let (waiting, done) = (Arc::clone(&waiting), Arc::clone(&done));
+            let (work, broken) = (work.clone(), broken.clone());
             let run = move || {
-                for task in waiting {
+                while let Some(task) = waiting.next() {
                     // A thread that dies must not leave the others waiting for it.
                     let path = key(&task).clone();
-                    if std::panic::catch_unwind(AssertUnwindSafe(|| work(task, &done))).is_err()
-                        && done.send(broken(path)).is_err()
-                    {
-                        return;
+                    if std::panic::catch_unwind(AssertUnwindSafe(|| work(task, &done))).is_err() {
+                        done.post(broken(path));
                     }
                 }
             };
@@ -64,11 +64,18 @@ impl<'s, T: Send + 's> Pool<'s, T> {
                 return Err(task);
             }
         }
-        self.tasks.send(task).map_err(|error| error.0)
+        self.tasks.post(task);
+        Ok(())
     }
 
     /// A task has been answered.
     pub(super) fn is_back(&mut self) {
         self.idle = (self.idle + 1).min(self.threads);
+    }
+}
+
+impl<T> Drop for Pool<'_, T> {
+    fn drop(&mut self) {
+        self.tasks.close();
     }
 }
