@@ -393,6 +393,14 @@ pub trait ReadStore {
     /// Outputs of a valid derivation, with their paths where these are known.
     fn derivation_outputs(&self, drv: &StorePath) -> Result<BTreeMap<OutputName, Option<StorePath>>, StoreError>;
 
+    /// The same of several, in their order.
+    fn derivations_outputs(
+        &self,
+        drvs: &[&StorePath],
+    ) -> Result<Vec<BTreeMap<OutputName, Option<StorePath>>>, StoreError> {
+        drvs.iter().map(|drv| self.derivation_outputs(drv)).collect()
+    }
+
     fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, StoreError>;
 
     /// The paths and all they refer to, directly or not; with `include_outputs` also the outputs

@@ -358,6 +358,18 @@ impl ReadStore for Client {
         self.need(22, "QueryDerivationOutputMap")?;
         self.call(&ops::QueryDerivationOutputMap { drv: drv.clone() })
     }
+    fn derivations_outputs(
+        &self,
+        drvs: &[&StorePath],
+    ) -> Result<Vec<BTreeMap<OutputName, Option<StorePath>>>, StoreError> {
+        self.need(22, "QueryDerivationOutputMap")?;
+        let mut all = Vec::with_capacity(drvs.len());
+        for drvs in drvs.chunks(AHEAD) {
+            let asked: Vec<_> = drvs.iter().map(|drv| ops::QueryDerivationOutputMap { drv: (*drv).clone() }).collect();
+            all.extend(self.call_all(&asked)?);
+        }
+        Ok(all)
+    }
     fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, StoreError> {
         self.need(31, "QueryRealisation")?;
         match self.call(&ops::QueryRealisation { id: id.clone() })? {

@@ -24,6 +24,13 @@ const MAX_KEPT: usize = 1 << 20;
 /// How often it is looked whether the client is still there.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// Changes of activities wait so long for others to go with, if one was sent shortly before: each
+/// wakes the client. What waits is sent by whoever looks whether the client is still there.
+const TOGETHER: Duration = Duration::from_millis(20);
+
+/// Changes of activities that are sent without waiting for more, in bytes.
+const ENOUGH: usize = 4 << 10;
+
 /// The least time between two reports of progress.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 
@@ -82,6 +89,8 @@ struct State {
     out: Box<dyn Outlet>,
     /// Encoded, and not sent yet.
     kept: Vec<u8>,
+    /// When something was sent last.
+    sent: Option<Instant>,
     /// Does the client expect messages now?
     working: bool,
     /// Work that reports its progress, the innermost last.
@@ -118,7 +127,7 @@ impl Tunnel {
             gone: AtomicBool::new(false),
             last_id: AtomicU64::new(first_id),
             looked: Mutex::new(None),
-            state: Mutex::new(State { out, kept: Vec::new(), working: false, work: Vec::new() }),
+            state: Mutex::new(State { out, kept: Vec::new(), sent: None, working: false, work: Vec::new() }),
         }
     }
 
@@ -169,6 +178,25 @@ impl Tunnel {
             self.encode(message, &mut state.kept);
         }
         if state.working && state.try_send().is_err() {
+            self.cancel();
+        }
+    }
+
+    /// The same, and it may wait for others that follow soon.
+    fn tell_soon(&self, message: &Message) {
+        let mut state = lock(&self.state);
+        if state.kept.len() < MAX_KEPT {
+            self.encode(message, &mut state.kept);
+        }
+        if state.working && state.is_due() && state.try_send().is_err() {
+            self.cancel();
+        }
+    }
+
+    /// Sends what has waited long enough.
+    fn send_due(&self) {
+        let mut state = lock(&self.state);
+        if state.working && !state.kept.is_empty() && state.is_due() && state.try_send().is_err() {
             self.cancel();
         }
     }
@@ -240,8 +268,15 @@ impl Tunnel {
 }
 
 impl State {
+    fn is_due(&self) -> bool {
+        self.kept.len() >= ENOUGH || self.sent.is_none_or(|sent| sent.elapsed() >= TOGETHER)
+    }
+
     /// What can be sent without waiting.
     fn try_send(&mut self) -> io::Result<()> {
+        if !self.kept.is_empty() {
+            self.sent = Some(Instant::now());
+        }
         while !self.kept.is_empty() {
             let n = self.out.try_write(&self.kept)?;
             if n == 0 {
@@ -253,6 +288,7 @@ impl State {
     }
 
     fn send(&mut self) -> io::Result<()> {
+        self.sent = Some(Instant::now());
         self.out.write_all(&self.kept)?;
         self.kept.clear();
         // A reply may have been large, and the connection may be idle for long.
@@ -351,7 +387,7 @@ impl Reporter for Tunnel {
         let id = self.next_id();
         if self.has_activities() {
             let (kind, fields) = activity::start(start.activity);
-            self.tell(&Message::Start {
+            self.tell_soon(&Message::Start {
                 id,
                 level: start.level as u64,
                 kind,
@@ -376,12 +412,12 @@ impl Reporter for Tunnel {
             return;
         }
         let Some((kind, fields)) = activity::result(result) else { return };
-        self.tell(&Message::Result { id: activity, kind, fields });
+        self.tell_soon(&Message::Result { id: activity, kind, fields });
     }
 
     fn stop(&self, activity: u64) {
         if self.has_activities() {
-            self.tell(&Message::Stop { id: activity });
+            self.tell_soon(&Message::Stop { id: activity });
         }
     }
 
@@ -389,6 +425,7 @@ impl Reporter for Tunnel {
         if self.gone.load(Ordering::Relaxed) {
             return true;
         }
+        self.send_due();
         let mut looked = lock(&self.looked);
         if looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY) {
             *looked = Some(Instant::now());
@@ -398,5 +435,70 @@ impl Reporter for Tunnel {
             }
         }
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// What was sent, piece by piece.
+    #[derive(Default, Clone)]
+    struct Pieces(Arc<Mutex<Vec<Vec<u8>>>>);
+
+    impl Write for Pieces {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            lock(&self.0).push(bytes.to_vec());
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Outlet for Pieces {
+        fn try_write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.write(bytes)
+        }
+    }
+
+    fn start(tunnel: &Tunnel) -> u64 {
+        tunnel.start(&Start { level: Level::Info, text: "x", activity: Activity::Builds, parent: 0 })
+    }
+
+    /// Changes that follow upon each other go together, none waits for longer than it takes somebody
+    /// to look for the client, and what people read goes at once.
+    #[test]
+    fn changes_of_activities_go_together() {
+        let pieces = Pieces::default();
+        let tunnel =
+            Tunnel::new(StoreDir::new("/nix/store").unwrap(), 38, Box::new(pieces.clone()), Box::new(Steady), 0);
+        let count = || lock(&pieces.0).len();
+        tunnel.begin();
+        let begun = Instant::now();
+        let ids: Vec<u64> = (0..20).map(|_| start(&tunnel)).collect();
+        if begun.elapsed() < TOGETHER {
+            assert_eq!(count(), 1, "the first, and nothing of the others");
+            while begun.elapsed() < TOGETHER + Duration::from_millis(5) {
+                std::thread::yield_now();
+            }
+            assert_eq!(count(), 1);
+            assert!(!tunnel.is_cancelled());
+            assert_eq!(count(), 2, "the others, in one piece");
+        }
+        tunnel.stop(ids[0]);
+        tunnel.message(Level::Error, format_args!("read this"));
+        let sent = lock(&pieces.0).concat();
+        assert!(sent.ends_with(b"read this\n\0\0\0\0\0\0"), "{sent:?}");
+        // Nothing is lost, and all is in order, at the end of the work.
+        tunnel.stop(ids[1]);
+        tunnel.reply(b"reply").unwrap();
+        let sent = lock(&pieces.0).concat();
+        let mut all = Vec::new();
+        tunnel.encode(&Message::Stop { id: ids[1] }, &mut all);
+        tunnel.encode(&Message::Last, &mut all);
+        assert!(sent.ends_with(&[&all[..], b"reply"].concat()), "{sent:?}");
     }
 }

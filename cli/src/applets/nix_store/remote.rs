@@ -56,6 +56,9 @@ enum FarError {
     Modified { path: String, expected: String, found: String },
 }
 
+/// Outputs with their names, or a path that is none.
+type Outs = Vec<(Option<OutputName>, StorePath)>;
+
 /// A store elsewhere, and who asks.
 pub(super) struct Far<'a> {
     pub(super) cx: &'a Context,
@@ -165,9 +168,9 @@ impl Far<'_> {
             warn_of_collector(self.cx, self.common);
         }
         let mut out = Printer::new(Output::Listing);
-        for (target, number) in targets.iter().zip(1usize..) {
+        for (outputs, number) in self.outputs_of(&targets)?.into_iter().zip(1usize..) {
             let mut printed: BTreeSet<Vec<u8>> = BTreeSet::new();
-            for (output, path) in self.outputs_of(target)? {
+            for (output, path) in outputs {
                 let suffix = output.as_ref().map(OutputName::as_str).filter(|name| *name != "out");
                 printed.insert(match &args.roots.add_root {
                     None => dir.full(&path).into_bytes(),
@@ -221,23 +224,28 @@ impl Far<'_> {
         Ok(link)
     }
 
-    /// The outputs that a target names, or the path itself, with the names of outputs.
-    fn outputs_of(&self, target: &DerivedPath) -> Result<Vec<(Option<OutputName>, StorePath)>, Failure> {
-        match target {
-            DerivedPath::Opaque(path) => {
-                self.info(path)?;
-                Ok(vec![(None, path.clone())])
-            }
-            DerivedPath::Built { drv, outputs } => {
-                let all = self.store.derivation_outputs(drv)?;
+    /// For each target the outputs that it names, or the path itself, with the names of outputs.
+    fn outputs_of(&self, targets: &[DerivedPath]) -> Result<Vec<Outs>, Failure> {
+        let drv = |target: &'_ DerivedPath| matches!(target, DerivedPath::Built { .. });
+        let drvs: Vec<&StorePath> = targets.iter().filter(|target| drv(target)).map(DerivedPath::path).collect();
+        let mut known = self.store.derivations_outputs(&drvs)?.into_iter();
+        let opaque: Vec<StorePath> =
+            targets.iter().filter(|target| !drv(target)).map(|target| target.path().clone()).collect();
+        for (path, info) in opaque.iter().zip(self.store.infos(&opaque)?) {
+            info.ok_or_else(|| self.not_valid(path))?;
+        }
+        let of = |target: &DerivedPath| match target {
+            DerivedPath::Opaque(path) => vec![(None, path.clone())],
+            DerivedPath::Built { outputs, .. } => {
                 let is_wanted = |name: &OutputName| match outputs {
                     Outputs::All => true,
                     Outputs::Named(names) => names.contains(name),
                 };
-                let wanted = all.into_iter().filter(|(name, _)| is_wanted(name));
-                Ok(wanted.filter_map(|(name, path)| Some((Some(name), path?))).collect())
+                let wanted = known.next().unwrap_or_default().into_iter().filter(|(name, _)| is_wanted(name));
+                wanted.filter_map(|(name, path)| Some((Some(name), path?))).collect()
             }
-        }
+        };
+        Ok(targets.iter().map(of).collect())
     }
 
     fn repair(&self, paths: &[StorePath]) -> Result<(), Failure> {
