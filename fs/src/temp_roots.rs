@@ -8,6 +8,7 @@
 //! Who adds a path takes the temporary root *first* and tests validity *then*: a path that was
 //! valid before may be gone.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
@@ -34,6 +35,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Paths sent before their answers are read; few enough for any socket buffer.
 const PATHS_AT_ONCE: usize = 64;
+
+/// Paths that are remembered as protected; others are written down each time.
+const MAX_KNOWN: usize = 1 << 14;
 
 /// Larger than any process id Linux gives (`PID_MAX_LIMIT`): added to a name that is taken.
 const BEYOND_PIDS: u32 = 1 << 22;
@@ -63,6 +67,9 @@ struct State {
     connection: Option<UnixStream>,
     /// A collector was killed, perhaps: see [`TempRoots::collector_died`].
     died: bool,
+    /// Some of what is protected already, which needs nothing any more: collectors that came since
+    /// have read our file, and one that ran then was told.
+    known: HashSet<StorePath>,
 }
 
 impl TempRoots {
@@ -81,12 +88,8 @@ impl TempRoots {
 
     /// Protects many paths, all when it returns.
     pub fn add_all<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) -> Result<(), FileError> {
-        let mut text = Vec::new();
-        for path in paths {
-            text.extend_from_slice(self.layout.store_dir.full(path).as_bytes());
-            text.push(0);
-        }
-        if text.is_empty() {
+        let mut paths = paths.into_iter().peekable();
+        if paths.peek().is_none() {
             return Ok(());
         }
         // A panic in here leaves nothing half done that a later call would trip over.
@@ -95,7 +98,19 @@ impl TempRoots {
             *guard = Some(State::create(&self.layout)?);
         }
         let state = guard.as_mut().expect("made above");
-        state.add(&self.layout, &text, self.answer_timeout)
+        let (mut text, mut new) = (Vec::new(), Vec::new());
+        for path in paths.filter(|path| !state.known.contains(path)) {
+            text.extend_from_slice(self.layout.store_dir.full(path).as_bytes());
+            text.push(0);
+            if state.known.len() + new.len() < MAX_KNOWN {
+                new.push(path.clone());
+            }
+        }
+        if !text.is_empty() {
+            state.add(&self.layout, &text, self.answer_timeout)?;
+            state.known.extend(new);
+        }
+        Ok(())
     }
 
     /// Has a collector been killed before or while a root was added?
@@ -147,7 +162,7 @@ impl State {
         for n in 0..MAX_NAMES {
             let path = dir.join((pid + n * BEYOND_PIDS).to_string());
             if let Some(file) = claim(&path)? {
-                return Ok(Self { pid, file, gc_lock, connection: None, died: false });
+                return Ok(Self { pid, file, gc_lock, connection: None, died: false, known: HashSet::new() });
             }
             taken = Some(path);
         }
@@ -441,10 +456,11 @@ mod tests {
         let pid = std::process::id();
         let file = layout.temp_roots().join(pid.to_string());
         assert_eq!(roots.file(), Some(file.clone()));
-        let text: String = [1, 2, 1].map(|n| format!("{}\0", layout.store_dir.full(&path(n)))).concat();
+        // What is protected already is not written again.
+        let text: String = [1, 2].map(|n| format!("{}\0", layout.store_dir.full(&path(n)))).concat();
         assert_eq!(fs::read(&file).unwrap(), text.as_bytes());
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o7777, 0o600);
-        assert_eq!(live(&layout), [1, 1, 2].map(|n| TempRoot { path: path(n), pid }));
+        assert_eq!(live(&layout), [1, 2].map(|n| TempRoot { path: path(n), pid }));
         assert!(GcLock::acquire(&layout, Sharing::Exclusive, Wait::No).unwrap().is_some(), "not kept locked");
         drop(roots);
         assert!(!file.exists());

@@ -57,12 +57,10 @@ impl LocalStore {
     /// Claims a path, which becomes a temporary root. With `replace` also one that is valid.
     pub fn claim(&self, path: &StorePath, replace: bool) -> Result<Claim, StoreError> {
         self.add_temp_roots([path])?;
-        if !replace && self.is_valid(path)? {
-            return Ok(Claim::Valid);
-        }
         let real = self.layout().real_path(path);
         let Some(mut locks) = PathLocks::acquire([&real], &self.options().held_locks, Wait::No)? else {
-            return Ok(Claim::Busy(real));
+            let is_there = !replace && self.is_valid(path)?;
+            return Ok(if is_there { Claim::Valid } else { Claim::Busy(real) });
         };
         locks.on_release(OnRelease::Delete);
         if !replace && self.is_valid_under_lock(path)? {
@@ -113,6 +111,8 @@ impl LocalStore {
     fn register_group<'s>(&'s self, group: Vec<Delivery<'s>>, results: &mut Vec<Result<(), StoreError>>) {
         let first = results.len();
         let mut arrivals = self.arrivals();
+        // One question for all; if it fails, each asks for itself, and tells.
+        let _ = arrivals.foresee(group.iter().flat_map(|delivery| &delivery.info.references));
         for Delivery { incoming, info, claimed } in group {
             results.push(arrivals.seal_claimed(incoming, info, claimed.locks));
         }

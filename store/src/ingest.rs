@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::path::Path;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use larder_core::content_address::{ContentAddress, Method};
@@ -41,6 +42,9 @@ use crate::local::{LocalStore, now_s};
 
 /// How many sealed objects wait for one transaction. Each holds a lock file open.
 const MAX_PENDING: usize = 64;
+
+/// Names that are made and protected together once a second object comes.
+const NAMES_AT_ONCE: usize = 16;
 
 /// The files of objects with smaller archives than this (bytes) are brought to the disk one by
 /// one; those of others with all that the file system holds back.
@@ -127,6 +131,8 @@ struct Sealed {
 pub struct Arrivals<'s> {
     store: &'s LocalStore,
     pending: Vec<Sealed>,
+    /// Paths that have been found valid, and are protected.
+    valid: BTreeSet<StorePath>,
     /// A registration failed.
     failed: bool,
 }
@@ -140,6 +146,24 @@ impl Drop for Arrivals<'_> {
             }
         }
     }
+}
+
+/// Names for objects that come.
+#[derive(Debug, Default)]
+pub(crate) struct Names {
+    has_begun: bool,
+    /// Protected, and of no use yet.
+    spare: Vec<StorePath>,
+}
+
+/// Unique among processes and times; the restorer refuses an entry that exists.
+fn temporary_name() -> StorePath {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let seed =
+        format!("{} {} {:?}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed), std::time::SystemTime::now());
+    let digest = Sha256Digest::of(seed.as_bytes());
+    let name = Name::new("larder-incoming").expect("a legal name");
+    StorePath::new(HashPart::from_digest(fold(digest.as_bytes())), name)
 }
 
 /// What an object is to be called and to refer to, where that follows from its contents.
@@ -179,19 +203,8 @@ impl LocalStore {
 
     /// A name for something on its way in, protected from collectors.
     pub(crate) fn temporary(&self) -> Result<Incoming<'_>, StoreError> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
         self.make_room();
-        // Unique among processes and times; the restorer refuses an entry that exists.
-        let seed = format!(
-            "{} {} {:?}",
-            std::process::id(),
-            COUNT.fetch_add(1, Ordering::Relaxed),
-            std::time::SystemTime::now()
-        );
-        let digest = Sha256Digest::of(seed.as_bytes());
-        let name = Name::new("larder-incoming").expect("a legal name");
-        let path = StorePath::new(HashPart::from_digest(fold(digest.as_bytes())), name);
-        self.add_temp_roots([&path])?;
+        let path = self.temporary_name()?;
         Ok(Incoming {
             store: self,
             entry: OsString::from(path.to_string()),
@@ -200,6 +213,20 @@ impl LocalStore {
             nar_size_bytes: 0,
             found: BTreeSet::new(),
         })
+    }
+
+    /// A name that nobody else has, protected from the collector.
+    fn temporary_name(&self) -> Result<StorePath, StoreError> {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(name) = names.spare.pop() {
+            return Ok(name);
+        }
+        // The first object may be the only one.
+        let count = if names.has_begun { NAMES_AT_ONCE } else { 1 };
+        let fresh: Vec<StorePath> = (0..count).map(|_| temporary_name()).collect();
+        self.add_temp_roots(&fresh)?;
+        *names = Names { has_begun: true, spare: fresh };
+        Ok(names.spare.pop().expect("one at least"))
     }
 
     /// Begins to take an archive. `candidates` are the hash parts to look for in it.
@@ -234,7 +261,7 @@ impl LocalStore {
 
     /// Objects to come in together.
     pub fn arrivals(&self) -> Arrivals<'_> {
-        Arrivals { store: self, pending: Vec::new(), failed: false }
+        Arrivals { store: self, pending: Vec::new(), valid: BTreeSet::new(), failed: false }
     }
 
     /// The path a file or tree would get, and its hash and size, without adding it.
@@ -414,16 +441,31 @@ impl<'s> Arrivals<'s> {
         }
     }
 
+    /// Asks in one go which of these are valid, so that what refers to them need not.
+    pub(crate) fn foresee<'a>(
+        &mut self,
+        references: impl IntoIterator<Item = &'a StorePath>,
+    ) -> Result<(), StoreError> {
+        let wanted: BTreeSet<StorePath> = references.into_iter().cloned().collect();
+        self.valid = self.protected_and_valid(&wanted)?;
+        Ok(())
+    }
+
+    /// Which of these are valid, and stay so until the commit: a collector leaves them alone.
+    fn protected_and_valid(&self, paths: &BTreeSet<StorePath>) -> Result<BTreeSet<StorePath>, StoreError> {
+        self.store.add_temp_roots(paths)?;
+        self.store.valid_subset(paths)
+    }
+
     fn check_references(&self, info: &PathInfo) -> Result<(), StoreError> {
-        let pending = |path: &StorePath| self.pending.iter().any(|sealed| sealed.info.path == *path);
+        let is_there =
+            |path: &StorePath| self.valid.contains(path) || self.pending.iter().any(|sealed| sealed.info.path == *path);
         let wanted: BTreeSet<StorePath> =
-            info.references.iter().filter(|path| **path != info.path && !pending(path)).cloned().collect();
+            info.references.iter().filter(|path| **path != info.path && !is_there(path)).cloned().collect();
         if wanted.is_empty() {
             return Ok(());
         }
-        // References must not be collected between now and the commit.
-        self.store.add_temp_roots(&wanted)?;
-        let valid = self.store.valid_subset(&wanted)?;
+        let valid = self.protected_and_valid(&wanted)?;
         match wanted.difference(&valid).next() {
             Some(missing) => Err(self.store.not_valid(missing)),
             None => Ok(()),

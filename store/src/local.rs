@@ -106,6 +106,7 @@ pub struct LocalStore {
     db: Option<Arc<StoreDb>>,
     temp_roots: Arc<OnceLock<TempRoots>>,
     pub(crate) room: Mutex<crate::room::Room>,
+    pub(crate) names: Mutex<crate::ingest::Names>,
     /// Hashes of derivations seen so far.
     pub(crate) derivations: Mutex<Memo>,
     /// What real Nix has registered, once something asked.
@@ -178,6 +179,7 @@ impl LocalStore {
             db: db.map(Arc::new),
             temp_roots: Arc::default(),
             room: Mutex::default(),
+            names: Mutex::default(),
             derivations: Mutex::default(),
             theirs: Mutex::default(),
         })
@@ -197,6 +199,7 @@ impl LocalStore {
             db: self.db.clone(),
             temp_roots: Arc::default(),
             room: Mutex::default(),
+            names: Mutex::default(),
             derivations: Mutex::default(),
             theirs: Mutex::default(),
         }
