@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -28,6 +28,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_mins(5);
 pub enum ListenError {
     #[error("unexpected systemd environment variables")]
     Activation,
+    #[error("using the socket that the service manager gave us")]
+    Given(#[source] io::Error),
     #[error(transparent)]
     File(#[from] FileError),
     #[error("cannot bind to socket '{}'", path.display())]
@@ -52,11 +54,9 @@ impl Listener {
         if count != "1" || env.get("LISTEN_PID") != Some(pid.as_ref()) {
             return Err(ListenError::Activation);
         }
-        // By its name in /proc, as a bare number would have to be believed in.
-        let fd = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty())
-            .and_then(|own| rustix::process::pidfd_getfd(&own, 3, rustix::process::PidfdGetfdFlags::empty()));
-        let fd = fd.map_err(|_| ListenError::Activation)?;
-        Ok(Some(Self { socket: OwnedFd::into(fd), made: None }))
+        let socket = listenfd::ListenFd::from_env().take_unix_listener(0).map_err(ListenError::Given)?;
+        let socket = socket.ok_or(ListenError::Activation)?;
+        Ok(Some(Self { socket, made: None }))
     }
 
     /// Makes a socket that everybody may connect to, in place of one that is left over.
