@@ -27,4 +27,5 @@ mod ids;
 mod kill;
 mod root;
 mod sys;
+mod within;
 mod zygote;

@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
+use rustix::fs::{CWD, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_change, move_mount,
@@ -17,7 +17,7 @@ use rustix::mount::{
 
 use crate::plan::{Bind, Dev, Plan, Root};
 use crate::report::{During, SetupError, Step};
-use crate::sys;
+use crate::{sys, within};
 
 /// What `/dev` has of the host, on every machine.
 const DEVICES: [&str; 6] = ["full", "null", "random", "tty", "urandom", "zero"];
@@ -171,9 +171,7 @@ impl Base {
 
     /// Opens something in the root; links in it are followed within the root.
     fn find(&self, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        rustix::fs::openat2(&self.fd, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+        within::open(self.fd.as_fd(), path, flags)
     }
 
     /// The directory, made with its parents if it is missing.
