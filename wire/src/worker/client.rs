@@ -225,8 +225,9 @@ impl Client {
                 let (input, output) = (&mut *ends.input, &mut *ends.output);
                 let (sent, outcome) = std::thread::scope(|scope| {
                     let listening = scope.spawn(|| self.messages(input));
-                    let sent = send(output).and_then(|()| output.flush());
-                    (sent, listening.join())
+                    let sent = send(output);
+                    let flushed = output.flush();
+                    (sent.and(flushed), listening.join())
                 });
                 let outcome = outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                 // An error of the server tells more than that it did not take everything.
@@ -286,8 +287,11 @@ impl Client {
     fn call_framed<O: Operation>(&self, operation: &O, source: &mut dyn Read) -> Result<O::Reply, StoreError> {
         let mut send = |out: &mut dyn Write| {
             let mut framed = FramedWriter::new(out);
-            framed.copy_from(source)?;
-            framed.finish()
+            let copied = framed.copy_from(source);
+            // A source that fails is no reason to have the server wait for the rest, and to wait for it:
+            // it says that what has come is not whole.
+            let finished = framed.finish();
+            copied.and(finished)
         };
         self.call_with(operation, Some(&mut send), |reply, _| Ok(reply))
     }
@@ -624,6 +628,34 @@ mod tests {
                 assert_eq!(error.kind, ErrorKind::NotValid);
                 assert!(!client.is_valid(&none).unwrap());
                 assert_eq!(client.info(&none).unwrap(), None);
+            });
+        }
+    }
+
+    /// The server hears that there is no more, and the connection goes on.
+    #[test]
+    fn a_source_that_fails_ends_the_operation() {
+        struct Failing;
+        impl Read for Failing {
+            fn read(&mut self, _into: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::other("torn"))
+            }
+        }
+        for newest in [25, 38] {
+            with_client(newest, |client| {
+                let new = NewContent {
+                    name: "x".parse().unwrap(),
+                    method: ContentMethod::Fixed(Method::Recursive, Algorithm::Sha256),
+                    references: BTreeSet::new(),
+                    is_nar: true,
+                    repair: false,
+                };
+                let nar = encoder::file(&vec![7; 100_000], false);
+                for cut in [0, 50_000] {
+                    client.add_content(&new, &mut nar[..cut].chain(Failing)).unwrap_err();
+                    assert_eq!(client.all_paths().unwrap(), BTreeSet::new());
+                }
+                client.add_content(&new, &mut &nar[..]).unwrap();
             });
         }
     }
