@@ -1,9 +1,11 @@
 //! The references of many paths in memory: closures, orders, and what the collector walks.
 //!
 //! A [`Graph`] is a snapshot, of all valid paths ([`Graph::load`], about 100 bytes a path) or of
-//! a closure ([`closure_of`]). Its nodes are numbered in the order of the base names, so sets of
+//! a closure ([`closure_of`]), or made of records that somebody else has told
+//! ([`Graph::of_records`]). Its nodes are numbered in the order of the base names, so sets of
 //! nodes come out in the order that listings want. Nothing here recurses.
 
+mod given;
 mod read;
 
 use std::fmt;

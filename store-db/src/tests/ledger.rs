@@ -1,6 +1,6 @@
 //! The ledger from outside, case by case.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -34,6 +34,36 @@ fn registered_paths_are_found_again() {
     let names: Vec<String> = graph.topological_all().unwrap().into_iter().map(|n| graph.base_name(n)).collect();
     assert_eq!(names, [c.to_string(), b.to_string()]);
     assert!(matches!(db.write(|w| w.set_meta("x", b"y")), Err(DbError::ReadOnly { .. })));
+}
+
+/// Records make the graph that the ledger gives of them, and what does not fit is left out.
+#[test]
+fn a_graph_of_records_is_that_of_the_ledger() {
+    let (_dir, db) = house();
+    let (a, b, c, drv) = (path(9, "a"), path(2, "b"), path(7, "c"), path(1, "b.drv"));
+    let mut infos = [info(&a, &[&b, &a, &c]), info(&b, &[&c]), info(&c, &[]), info(&drv, &[&c])];
+    infos[1].deriver = Some(drv.clone());
+    infos[2].deriver = Some(path(4, "gone.drv"));
+    let outputs = [("out", &b), ("man", &path(5, "unbuilt"))];
+    let mut all = batch(&infos[..3]);
+    let named = outputs.iter().map(|(name, path)| ((*name).to_owned(), (*path).clone())).collect();
+    all.push_info(&infos[3], &named).unwrap();
+    db.register(all).unwrap();
+    let ledger = db.read(Graph::load).unwrap();
+    let outputs = BTreeMap::from([(drv.clone(), outputs.iter().map(|(_, path)| (*path).clone()).collect())]);
+    let stranger = info(&path(9, "other"), &[&path(6, "nowhere")]);
+    let told = Graph::of_records(infos.iter().chain([&stranger]), &outputs).unwrap();
+    let names = |graph: &Graph| graph.nodes().map(|node| graph.path(node)).collect::<Vec<_>>();
+    assert_eq!(names(&told), names(&ledger));
+    assert_eq!(told.topological_all().unwrap(), ledger.topological_all().unwrap());
+    for node in ledger.nodes() {
+        assert_eq!(told.nar_size_bytes(node), ledger.nar_size_bytes(node));
+        for bits in 0..8 {
+            let walk = Walk { backward: bits & 1 != 0, outputs: bits & 2 != 0, derivers: bits & 4 != 0 };
+            assert_eq!(told.closure([node], walk), ledger.closure([node], walk), "{walk:?}");
+        }
+    }
+    assert!(Graph::of_records([], &BTreeMap::new()).unwrap().is_empty());
 }
 
 #[test]
