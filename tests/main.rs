@@ -40,3 +40,4 @@ mod substitute;
 mod tidy;
 mod vectors;
 mod without_store;
+mod words;

@@ -7,9 +7,8 @@ use std::os::fd::OwnedFd;
 
 use larder_core::content_address::ContentAddress;
 use larder_core::derivation::aterm::{self, Mask};
-use larder_core::derivation::check::{CheckError, check};
-use larder_core::derivation::modulo::fill_deferred;
-use larder_core::derivation::{Derivation, Output, name_of};
+use larder_core::derivation::check::{check, fill_output_paths};
+use larder_core::derivation::{Derivation, name_of};
 use larder_core::hash::Sha256Digest;
 use larder_core::nar::Event;
 use larder_core::nar::encoder::Encoder;
@@ -61,22 +60,9 @@ impl LocalStore {
     ///
     /// Nothing changes above outputs whose paths are known only once they are built.
     pub fn fill_output_paths(&self, drv: &mut Derivation) -> Result<(), StoreError> {
-        // The hash counts the variables, though not their values.
-        for (name, output) in &drv.outputs {
-            if *output == Output::Deferred {
-                drv.env.entry(name.as_str().into()).or_insert_with(|| "".into());
-            }
-        }
         let mut memo = self.derivations.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let modulo = memo.modulo(self.dir(), drv, Mask::On, |input| self.derivation(input).map_err(Box::new));
-        let modulo = modulo.map_err(|source| {
-            StoreError::DerivationCheck(Box::new(CheckError::Modulo { drv: drv.name.to_string(), source }))
-        })?;
-        if !modulo.deferred {
-            fill_deferred(self.dir(), drv, &modulo.digest)
-                .map_err(|source| StoreError::Name { name: drv.name.to_string(), source })?;
-        }
-        Ok(())
+        fill_output_paths(&mut memo, self.dir(), drv, |input| self.derivation(input).map_err(Box::new))
+            .map_err(|error| StoreError::DerivationCheck(Box::new(error)))
     }
 
     /// Checks a derivation that is to become valid, and gives its outputs.

@@ -40,6 +40,24 @@ pub struct Survey {
 }
 
 impl Survey {
+    /// What whoever keeps the store has told of it. What is not valid is not among that.
+    pub fn of_told(graph: Graph, rules: Rules, mut roots: Vec<Root>) -> Self {
+        roots.sort();
+        let mut survey = Self {
+            live: NodeSet::new(&graph),
+            graph,
+            rules,
+            roots,
+            invalid: Vec::new(),
+            temporary: FxHashSet::default(),
+            trash: Vec::new(),
+            unreadable: Vec::new(),
+            _legacy_locks: Vec::new(),
+        };
+        survey.live = live::live(&survey.graph, survey.nodes(&survey.roots), survey.rules);
+        survey
+    }
+
     /// All valid paths that nothing keeps.
     pub fn dead(&self) -> NodeSet {
         live::complement(&self.graph, &self.live)
@@ -199,20 +217,8 @@ impl LocalStore {
         let Found { mut roots, mut unreadable, legacy_locks } = temporary;
         let temporary: FxHashSet<HashPart> = roots.iter().map(|root| root.path.hash_part()).collect();
         roots.extend(lasting.roots);
-        roots.sort();
         unreadable.extend(lasting.unreadable);
-        let mut survey = Survey {
-            live: NodeSet::new(&graph),
-            graph,
-            rules: self.rules(),
-            roots,
-            invalid: Vec::new(),
-            temporary,
-            trash: Vec::new(),
-            unreadable,
-            _legacy_locks: legacy_locks,
-        };
-        survey.live = live::live(&survey.graph, survey.nodes(&survey.roots), survey.rules);
-        Ok(survey)
+        let survey = Survey::of_told(graph, self.rules(), roots);
+        Ok(Survey { temporary, unreadable, _legacy_locks: legacy_locks, ..survey })
     }
 }

@@ -1,68 +1,14 @@
 //! Closures from one store to another.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
-use larder_core::api::{AddOptions, Store};
+use larder_core::api::AddOptions;
 use larder_core::report::{Level, Reporter as _};
-use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
-use larder_fs::layout::Access;
 
 use super::Context;
-use super::nix_store::store::open;
-use crate::args::Common;
-use crate::conf::{Facts, StoreChoice, choose};
-use crate::engine::Engine;
+use super::place::Place;
 use crate::exit::Failure;
-use crate::remote::Opened;
-
-/// One end of a copy.
-pub(super) enum End {
-    Here(Box<Engine>),
-    Far(Box<Opened>),
-}
-
-impl End {
-    /// Opens the store of a URI, or the one that the settings choose.
-    pub(super) fn open(
-        cx: &Context,
-        settings: &Settings,
-        common: &Common,
-        uri: Option<&str>,
-        access: Access,
-    ) -> Result<Self, Failure> {
-        let settings = match uri {
-            Some(uri) => Settings { store: uri.to_owned(), ..settings.clone() },
-            None => settings.clone(),
-        };
-        let facts = Facts::gather(&cx.env, access == Access::ReadWrite)?;
-        match choose(&settings.store, &cx.env, facts)? {
-            StoreChoice::Local(_) => {
-                let local = open(cx, &settings, access)?;
-                let (builds, interrupt, settings) = (Arc::default(), cx.interrupt.clone(), Arc::new(settings));
-                let env = Arc::new(cx.env.clone());
-                Ok(Self::Here(Box::new(Engine { local, settings, builds, hides_logs: false, interrupt, env })))
-            }
-            choice => Ok(Self::Far(Box::new(cx.connect(&settings, common, choice)?))),
-        }
-    }
-
-    pub(super) fn store(&self) -> &(dyn Store + Sync) {
-        match self {
-            Self::Here(engine) => &**engine,
-            Self::Far(opened) => opened.store(),
-        }
-    }
-
-    /// What messages call it; nothing for the store of this machine.
-    fn uri(&self) -> Option<&str> {
-        match self {
-            Self::Here(_) => None,
-            Self::Far(opened) => opened.uri.split('?').next(),
-        }
-    }
-}
 
 /// How to copy.
 #[derive(Debug, Clone, Copy)]
@@ -82,8 +28,8 @@ pub(super) struct How {
 /// Copies paths with all they need; gives what was missing, references first.
 pub(super) fn copy(
     cx: &Context,
-    from: &End,
-    to: &End,
+    from: &Place,
+    to: &Place,
     paths: &BTreeSet<StorePath>,
     how: How,
 ) -> Result<Vec<StorePath>, Failure> {

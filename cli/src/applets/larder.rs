@@ -46,8 +46,13 @@ pub struct Cli {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "For all commands")]
 pub struct Global {
-    /// Store to open: auto, local, /DIR, local?root=DIR
-    #[arg(long, global = true, value_name = "URI")]
+    /// Store to open
+    #[arg(
+        long,
+        global = true,
+        value_name = "URI",
+        help = "Store to open: auto, local, /DIR, local?root=DIR, daemon, unix://SOCKET, ssh-ng://HOST, ssh://HOST"
+    )]
     pub store: Option<String>,
     /// Set a setting, as in nix.conf
     #[arg(long, global = true, num_args = 2, value_names = ["NAME", "VALUE"], action = ArgAction::Append)]
@@ -429,11 +434,13 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         overrides.extend(args.overrides());
     }
     let settings = cx.settings(&overrides)?;
+    let mut common = Common::of(cli.global.verbosity(), overrides);
+    common.no_build_output = matches!(&cli.command, Command::Build(Build { no_output: true, .. }));
     match cli.command {
-        Command::Build(args) => build::build(cx, &settings, &args)?,
-        Command::Log(args) => build::log(cx, &settings, &args)?,
-        Command::Derivation(DerivationCommand::Add(args)) => derivation::add(cx, &settings, &args)?,
-        Command::Derivation(DerivationCommand::Show(args)) => derivation::show(cx, &settings, &args)?,
+        Command::Build(args) => build::build(cx, &settings, &common, &args)?,
+        Command::Log(args) => build::log(cx, &settings, &common, &args)?,
+        Command::Derivation(DerivationCommand::Add(args)) => derivation::add(cx, &settings, &common, &args)?,
+        Command::Derivation(DerivationCommand::Show(args)) => derivation::show(cx, &settings, &common, &args)?,
         Command::Links(links) => {
             let made = links::make(&links.dir, links.force)?;
             let mut out = Printer::new(Output::Listing);
@@ -456,28 +463,22 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
         Command::Restore(args) => {
             restore_from(args.path.as_os_str(), restore_options(&settings), args.input.as_deref(), &cx.interrupt)?;
         }
-        Command::Add(args) => changing::add(cx, &settings, &args)?,
-        Command::Copy(args) => {
-            let common = Common::of(cli.global.verbosity(), overrides);
-            copy::run(cx, &settings, &common, &args)?;
-        }
-        Command::PathInfo(args) => asking::path_info(cx, &settings, &args)?,
-        Command::Closure(args) => asking::print_closure(cx, &settings, &args)?,
-        Command::Du(args) => asking::disk_usage(cx, &settings, &args)?,
-        Command::Verify(args) => return changing::verify(cx, &settings, &args),
+        Command::Add(args) => changing::add(cx, &settings, &common, &args)?,
+        Command::Copy(args) => copy::run(cx, &settings, &common, &args)?,
+        Command::PathInfo(args) => asking::path_info(cx, &settings, &common, &args)?,
+        Command::Closure(args) => asking::print_closure(cx, &settings, &common, &args)?,
+        Command::Du(args) => asking::disk_usage(cx, &settings, &common, &args)?,
+        Command::Verify(args) => return changing::verify(cx, &settings, &common, &args),
         Command::Adopt(args) => changing::adopt(cx, &settings, &args)?,
         Command::Daemon(_) => {}
         Command::Db(args) => check::db(cx, &settings, &args)?,
         Command::Doctor(args) => return doctor::doctor(cx, &settings, &args),
-        Command::Gc(args) => return garbage::collect(cx, &settings, &args),
-        Command::Why(args) => return garbage::why(cx, &settings, &args),
-        Command::Roots(args) => return garbage::roots(cx, &settings, &args),
-        Command::Push(args) => {
-            let common = Common::of(cli.global.verbosity(), overrides);
-            push::push(cx, &settings, &common, &args)?;
-        }
+        Command::Gc(args) => return garbage::collect(cx, &settings, &common, &args),
+        Command::Why(args) => return garbage::why(cx, &settings, &common, &args),
+        Command::Roots(args) => return garbage::roots(cx, &settings, &common, &args),
+        Command::Push(args) => push::push(cx, &settings, &common, &args)?,
         Command::Serve(args) => serve::serve(cx, &settings, &args)?,
-        Command::Optimise(args) => return garbage::optimise(cx, &settings, &args),
+        Command::Optimise(args) => return garbage::optimise(cx, &settings, &common, &args),
     }
     Ok(Status::SUCCESS)
 }

@@ -11,6 +11,7 @@ mod nix_daemon;
 pub mod nix_hash;
 pub mod nix_prefetch_url;
 pub mod nix_store;
+mod place;
 mod pushing;
 
 use std::ffi::{OsStr, OsString};

@@ -7,7 +7,8 @@ use std::ffi::OsString;
 use larder_core::report::{Level, Reporter as _};
 use larder_fs::layout::Access;
 
-use super::copying::{End, How, copy};
+use super::copying::{How, copy};
+use super::place::Place;
 use super::{Context, print, version};
 use crate::args::{Grammar, UsageError, Words, scan, shown};
 use crate::exit::{Failure, Status};
@@ -94,9 +95,9 @@ pub(super) fn run(cx: &Context, words: Vec<OsString>) -> Result<Status, Failure>
     let host = low.host.as_deref().ok_or(CopyClosureError::NoHost)?;
     let compress = if low.compress { "?compress=true" } else { "" };
     let uri = format!("ssh://{}{compress}", shown(host));
-    let far = End::open(cx, &settings, &common, Some(&uri), Access::ReadWrite)?;
+    let far = Place::open(cx, &settings, &common, Some(&uri), Access::ReadWrite)?;
     let access = if low.from { Access::ReadWrite } else { Access::ReadOnly };
-    let near = End::open(cx, &settings, &common, None, access)?;
+    let near = Place::open(cx, &settings, &common, None, access)?;
     let paths = store_paths(near.store().dir(), &low.paths)?.into_iter().collect();
     let (from, to) = if low.from { (&far, &near) } else { (&near, &far) };
     let how = How {

@@ -6,7 +6,7 @@
 mod keys;
 pub(super) mod query;
 pub(super) mod realise;
-mod remote;
+pub(super) mod remote;
 pub(super) mod store;
 
 use std::ffi::OsString;
@@ -175,15 +175,7 @@ fn far(
         store::serve_elsewhere(cx, opened, *write)?;
         return Ok(Status::SUCCESS);
     }
-    let far = remote::Far {
-        cx,
-        settings,
-        common,
-        store: opened.store(),
-        uri: opened.uri.clone(),
-        files: opened.files.clone(),
-    };
-    far.run(command)
+    remote::Far::new(cx, settings, common, &opened).run(command)
 }
 
 /// `--gc`, wherever the store is.

@@ -9,15 +9,16 @@ use larder_cache::compress::Method;
 use larder_cache::lookups::Lookups;
 use larder_cache::uri::CacheUri;
 use larder_cache::write::{Writer, write_all};
-use larder_core::api::StoreError as ApiError;
+use larder_core::api::{Store, StoreError as ApiError};
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
+use larder_fs::layout::Layout;
 use larder_realise::logs;
 use larder_store::{LocalStore, StoreError};
 
 use super::Context;
-use super::copying::End;
+use super::place::Place;
 use crate::caches::{client_options, lifetimes};
 use crate::exit::Failure;
 
@@ -49,16 +50,18 @@ enum PushError {
 pub(super) fn push(
     cx: &Context,
     settings: &Settings,
-    from: &End,
+    from: &Place,
     paths: &BTreeSet<StorePath>,
     how: How<'_>,
 ) -> Result<Vec<StorePath>, Failure> {
     let store = from.store();
     let all = if how.no_closure { paths.clone() } else { store.closure(paths, how.include_outputs)? };
     match from {
-        End::Here(engine) => protect(&engine.local, &all)?,
-        End::Far(opened) if how.logs => return Err(PushError::LogsElsewhere { uri: opened.uri.clone() }.into()),
-        End::Far(_) => drop(store.hold_valid(&all, false)?),
+        Place::Here(engine) => protect(&engine.local, &all)?,
+        Place::Far(opened) if how.logs && opened.files.is_none() => {
+            return Err(PushError::LogsElsewhere { uri: opened.uri.clone() }.into());
+        }
+        Place::Far(_) => drop(store.hold_valid(&all, false)?),
     }
     let jobs = how.jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, std::num::NonZero::get)).max(1);
     let uri = CacheUri::parse(how.uri)?;
@@ -73,10 +76,8 @@ pub(super) fn push(
     if how.dry_run {
         return Ok(missing);
     }
-    if how.logs
-        && let End::Here(engine) = from
-    {
-        push_logs(&engine.local, &writer, &all)?;
+    if let Some(layout) = from.layout().filter(|_| how.logs) {
+        push_logs(store, layout, &writer, &all)?;
     }
     let mut infos = Vec::with_capacity(missing.len());
     for (path, info) in missing.iter().zip(store.infos(&missing)?) {
@@ -91,11 +92,12 @@ pub(super) fn push(
 }
 
 /// Copies the logs of what made some paths, where they are here.
-fn push_logs(store: &LocalStore, writer: &Writer, paths: &BTreeSet<StorePath>) -> Result<(), Failure> {
-    let derivers = store.infos(paths)?.into_iter().filter_map(|info| info.deriver);
+fn push_logs(store: &dyn Store, layout: &Layout, writer: &Writer, paths: &BTreeSet<StorePath>) -> Result<(), Failure> {
+    let list: Vec<StorePath> = paths.iter().cloned().collect();
+    let derivers = store.infos(&list)?.into_iter().flatten().filter_map(|info| info.deriver);
     let own = paths.iter().filter(|path| path.is_derivation()).cloned();
     for drv in derivers.chain(own).collect::<BTreeSet<_>>() {
-        if let Some(mut log) = logs::open(store.layout(), &drv)? {
+        if let Some(mut log) = logs::open(layout, &drv)? {
             writer.write_log(&drv, &mut log)?;
         }
     }

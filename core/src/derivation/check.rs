@@ -3,7 +3,9 @@
 //!
 //! Source: formats, the end of section 5.2; `drv_parse.json`.
 
-use super::modulo::Modulo;
+use std::borrow::Borrow;
+
+use super::modulo::{Mask, Memo, Modulo, ModuloError, fill_deferred};
 use super::{Derivation, Kind, KindError, Output};
 use crate::store_dir::{MakePathError, StoreDir};
 use crate::store_path::{NameError, StorePath};
@@ -72,6 +74,36 @@ pub fn check<E: std::error::Error + 'static>(
     Ok(())
 }
 
+/// Gives outputs that have no path yet the one that follows from the derivation, in its environment
+/// too, as an evaluator would. `resolve` reads the derivations that it is made of.
+///
+/// Nothing changes above outputs whose paths are known only once they are built.
+pub fn fill_output_paths<E, D>(
+    memo: &mut Memo,
+    dir: &StoreDir,
+    drv: &mut Derivation,
+    resolve: impl FnMut(&StorePath) -> Result<D, E>,
+) -> Result<(), CheckError<ModuloError<E>>>
+where
+    E: std::error::Error + 'static,
+    D: Borrow<Derivation>,
+{
+    // The hash counts the variables, though not their values.
+    for (name, output) in &drv.outputs {
+        if *output == Output::Deferred {
+            drv.env.entry(name.as_str().into()).or_insert_with(|| "".into());
+        }
+    }
+    let modulo = memo
+        .modulo(dir, drv, Mask::On, resolve)
+        .map_err(|source| CheckError::Modulo { drv: drv.name.to_string(), source })?;
+    if !modulo.deferred {
+        fill_deferred(dir, drv, &modulo.digest)
+            .map_err(|source| CheckError::Name { drv: drv.name.to_string(), source })?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
@@ -81,7 +113,6 @@ mod tests {
 
     use super::*;
     use crate::arb;
-    use crate::derivation::modulo::{Mask, Memo, ModuloError};
     use crate::derivation::{name_of, parse};
 
     fn dir() -> StoreDir {

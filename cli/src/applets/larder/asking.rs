@@ -6,21 +6,24 @@ use std::path::PathBuf;
 
 use indicatif::HumanBytes;
 use jiff::Timestamp;
+use larder_core::api::{Store, StoreError as ApiError};
 use larder_core::hash::Encoding;
 use larder_core::path_info::PathInfo;
 use larder_core::settings::Settings;
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 use larder_fs::layout::Access;
-use larder_store::{LocalStore, StoreError};
+use larder_store::StoreError;
 use larder_store_db::graph::closure_of;
 use larder_store_db::{Graph, Node, Walk};
 use serde_json::{Map, Value, json};
 
 use super::{Closure, ClosureFormat, Du, PathInfo as PathInfoArgs};
 use crate::applets::nix_store::query::Snapshot;
-use crate::applets::nix_store::store::open;
+use crate::applets::nix_store::remote::query::referrers_closure;
+use crate::applets::place::Place;
 use crate::applets::{Context, print_json};
+use crate::args::Common;
 use crate::exit::Failure;
 use crate::graphs::{self, Tree};
 use crate::paths::store_paths;
@@ -33,18 +36,28 @@ pub(super) fn paths(dir: &StoreDir, arguments: &[PathBuf]) -> Result<Vec<StorePa
 }
 
 /// `larder path-info`.
-pub(super) fn path_info(cx: &Context, settings: &Settings, args: &PathInfoArgs) -> Result<(), Failure> {
-    let store = open(cx, settings, Access::ReadOnly)?;
-    let asked = if args.all { store.read(|txn| Ok(txn.all_paths()?))? } else { paths(store.dir(), &args.paths)? };
-    let wanted = if args.recursive { closure(&store, &asked, Walk::REFERENCES)?.1 } else { asked };
-    let infos = store.read(|txn| Ok(txn.infos(&wanted)?))?;
+pub(super) fn path_info(
+    cx: &Context,
+    settings: &Settings,
+    common: &Common,
+    args: &PathInfoArgs,
+) -> Result<(), Failure> {
+    let place = Place::open(cx, settings, common, None, Access::ReadOnly)?;
+    let store = place.store();
+    let asked = match (args.all, place.local()) {
+        (false, _) => paths(store.dir(), &args.paths)?,
+        (true, Some(local)) => local.read(|txn| Ok(txn.all_paths()?))?,
+        (true, None) => store.all_paths()?.into_iter().collect(),
+    };
+    let wanted = if args.recursive { closure(&place, &asked, Walk::REFERENCES)?.1 } else { asked };
+    let infos = store.infos(&wanted)?;
     let mut infos = infos.into_iter();
-    let sizes = if args.closure_size { closure_sizes(&store, &wanted)? } else { Vec::new() };
+    let sizes = if args.closure_size { closure_sizes(&place, &wanted)? } else { Vec::new() };
     let mut sizes = sizes.into_iter();
     let mut all = Map::new();
     let mut out = Printer::paged(&cx.env, &cx.interrupt);
     for path in &wanted {
-        let info = infos.next().flatten().ok_or_else(|| store.not_valid(path))?;
+        let info = infos.next().flatten().ok_or_else(|| ApiError::not_valid(store.dir(), path))?;
         let closure_bytes = sizes.next();
         if args.json.json {
             all.insert(store.dir().full(path), as_json(store.dir(), &info, closure_bytes));
@@ -114,23 +127,37 @@ pub(super) fn time(seconds: u64) -> String {
 
 /// What some valid paths need, or what needs them, as it is at one moment; with the paths in
 /// dependency order.
-fn closure(store: &LocalStore, asked: &[StorePath], walk: Walk) -> Result<(Graph, Vec<StorePath>), Failure> {
-    if let Some(path) = asked.iter().find_map(|path| match store.is_valid(path) {
-        Ok(true) => None,
-        Ok(false) => Some(Ok(path)),
-        Err(error) => Some(Err(error)),
-    }) {
-        return Err(store.not_valid(path?).into());
+fn closure(place: &Place, asked: &[StorePath], walk: Walk) -> Result<(Graph, Vec<StorePath>), Failure> {
+    let store = place.store();
+    let valid = store.valid_subset(&asked.iter().cloned().collect())?;
+    if let Some(path) = asked.iter().find(|path| !valid.contains(*path)) {
+        return Err(ApiError::not_valid(store.dir(), path).into());
     }
-    let graph = store.read(|txn| Ok(Some(closure_of(txn, asked, walk)?)))?.unwrap_or_default();
-    let order = graph.topological_all().map_err(|error| StoreError::from(error).in_dir(store.dir()))?;
+    let in_dir = |error| StoreError::from(error).in_dir(store.dir());
+    let graph = if let Some(local) = place.local() {
+        local.read(|txn| Ok(Some(closure_of(txn, asked, walk)?)))?.unwrap_or_default()
+    } else {
+        let set = if walk.backward { referrers_closure(store, asked)? } else { store.closure(&valid, false)? };
+        told(store, set)?
+    };
+    let order = graph.topological_all().map_err(in_dir)?;
     let order = order.into_iter().map(|node| graph.path(node)).collect();
     Ok((graph, order))
 }
 
+/// Some valid paths, and what binds them, as whoever keeps the store tells it.
+fn told(store: &dyn Store, paths: BTreeSet<StorePath>) -> Result<Graph, Failure> {
+    let paths: Vec<StorePath> = paths.into_iter().collect();
+    let mut records = Vec::with_capacity(paths.len());
+    for (path, info) in paths.iter().zip(store.infos(&paths)?) {
+        records.push(info.ok_or_else(|| ApiError::not_valid(store.dir(), path))?);
+    }
+    Ok(Graph::of_records(&records, &BTreeMap::new())?)
+}
+
 /// The size of the closure of each of some valid paths, in bytes of archives.
-fn closure_sizes(store: &LocalStore, asked: &[StorePath]) -> Result<Vec<u64>, Failure> {
-    let (graph, _) = closure(store, asked, Walk::REFERENCES)?;
+fn closure_sizes(place: &Place, asked: &[StorePath]) -> Result<Vec<u64>, Failure> {
+    let (graph, _) = closure(place, asked, Walk::REFERENCES)?;
     Ok(asked.iter().map(|path| graph.node(path).map_or(0, |node| closure_bytes(&graph, node))).collect())
 }
 
@@ -139,17 +166,18 @@ fn closure_bytes(graph: &Graph, node: Node) -> u64 {
 }
 
 /// `larder closure`.
-pub(super) fn print_closure(cx: &Context, settings: &Settings, args: &Closure) -> Result<(), Failure> {
-    let store = open(cx, settings, Access::ReadOnly)?;
+pub(super) fn print_closure(cx: &Context, settings: &Settings, common: &Common, args: &Closure) -> Result<(), Failure> {
+    let place = Place::open(cx, settings, common, None, Access::ReadOnly)?;
+    let store = place.store();
     let asked = paths(store.dir(), &args.paths)?;
     let walk = if args.referrers { Walk::REFERRERS } else { Walk::REFERENCES };
-    let (graph, order) = closure(&store, &asked, walk)?;
+    let (graph, order) = closure(&place, &asked, walk)?;
     if args.json.json {
         let list: Vec<String> = order.iter().map(|path| store.dir().full(path)).collect();
         return print_json(&json!(list));
     }
     let mut out = Printer::paged(&cx.env, &cx.interrupt);
-    let mut snapshot = Snapshot::new(&store, graph, args.referrers);
+    let mut snapshot = Snapshot::new(store.dir(), graph, args.referrers);
     match args.format {
         ClosureFormat::List => {
             for path in &order {
@@ -178,13 +206,14 @@ struct Taken {
 }
 
 /// `larder du`.
-pub(super) fn disk_usage(cx: &Context, settings: &Settings, args: &Du) -> Result<(), Failure> {
-    let store = open(cx, settings, Access::ReadOnly)?;
-    let rooted: BTreeSet<StorePath> = store.all_roots()?.into_iter().map(|root| root.path).collect();
+pub(super) fn disk_usage(cx: &Context, settings: &Settings, common: &Common, args: &Du) -> Result<(), Failure> {
+    let place = Place::open(cx, settings, common, None, Access::ReadOnly)?;
+    let store = place.store();
+    let rooted: BTreeSet<StorePath> = store.roots()?.into_iter().map(|root| root.path).collect();
     let asked: BTreeSet<StorePath> =
         if args.paths.is_empty() { rooted.clone() } else { paths(store.dir(), &args.paths)?.into_iter().collect() };
     let bases: Vec<StorePath> = rooted.union(&asked).cloned().collect();
-    let (graph, _) = closure(&store, &bases, Walk::REFERENCES)?;
+    let (graph, _) = closure(&place, &bases, Walk::REFERENCES)?;
     let mut taken = measure(&graph, &bases).map_err(|error| StoreError::from(error).in_dir(store.dir()))?;
     taken.retain(|row| asked.contains(&row.path));
     taken.sort_by(|a, b| b.closure_bytes.cmp(&a.closure_bytes).then_with(|| a.path.cmp(&b.path)));

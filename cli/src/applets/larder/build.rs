@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use larder_core::api::{BuildMode, DerivedPath};
 use larder_core::settings::Settings;
 use larder_fs::layout::Access;
-use larder_realise::job::Mode;
 use larder_realise::plan::{Key, Target, Wanted};
 use serde_json::{Value, json};
 
@@ -15,9 +15,10 @@ use super::asking::paths;
 use super::derivation::Loader;
 use super::{Build, Log};
 use crate::applets::nix_store::realise::print_log;
-use crate::applets::nix_store::store::open;
+use crate::applets::nix_store::remote::derived;
+use crate::applets::place::{Place, Side};
 use crate::applets::{Context, print_json};
-use crate::args::{LogFormat, Override, OverrideFrom};
+use crate::args::{Common, LogFormat, Override, OverrideFrom};
 use crate::builds::shows_logs;
 use crate::exit::Failure;
 use crate::paths::absolute;
@@ -62,46 +63,67 @@ impl Build {
 }
 
 /// `larder build`.
-pub(super) fn build(cx: &Context, settings: &Settings, args: &Build) -> Result<(), Failure> {
-    let store = open(cx, settings, Access::ReadWrite)?;
-    let mut loader = Loader::new(&store, settings);
+pub(super) fn build(cx: &Context, settings: &Settings, common: &Common, args: &Build) -> Result<(), Failure> {
+    let place = Place::open(cx, settings, common, None, Access::ReadWrite)?;
+    let side = place.side(cx, settings, common);
+    if let (Side::Far(far), Some(_)) = (&side, &args.root) {
+        // Before anything is built.
+        far.files("--root")?;
+    }
+    let dir = place.store().dir();
+    let mut loader = Loader::new(place.store(), &side, settings);
     let mut targets = Vec::new();
     for word in &args.targets {
         targets.push(if is_file(word) {
             Target { key: Key::Derivation(loader.load(Path::new(word))?), wanted: Wanted::All }
         } else {
-            target(store.dir(), word)?
+            target(dir, word)?
         });
     }
     let mode = match (args.check, args.repair) {
-        (true, _) => Mode::Check,
-        (_, true) => Mode::Repair,
-        _ => Mode::Normal,
+        (true, _) => BuildMode::Check,
+        (_, true) => BuildMode::Repair,
+        _ => BuildMode::Normal,
     };
-    let how = How {
-        mode,
-        dry_run: args.dry_run,
-        shows_logs: shows_logs(&cx.terminal, LogFormat::RawWithLogs, args.no_output),
-        ..How::NORMAL
-    };
-    let realiser = cx.realiser(&store, settings);
-    let targets = realiser.realise(targets, how)?;
+    let mut outputs = Vec::with_capacity(targets.len());
+    match &side {
+        Side::Here(local) => {
+            let realiser = cx.realiser(local, settings);
+            let how = How {
+                mode: mode.into(),
+                dry_run: args.dry_run,
+                shows_logs: shows_logs(&cx.terminal, LogFormat::RawWithLogs, args.no_output),
+                ..How::NORMAL
+            };
+            targets = realiser.realise(targets, how)?;
+            for target in targets.iter().filter(|_| !args.dry_run) {
+                outputs.push(realiser.outputs(target)?);
+            }
+        }
+        Side::Far(far) => {
+            let mut wanted: Vec<DerivedPath> = targets.iter().map(derived).collect();
+            far.make_valid(&mut wanted, mode, args.dry_run, false)?;
+            if !args.dry_run {
+                outputs = far.outputs_of(&wanted)?;
+            }
+        }
+    }
     if args.dry_run {
         return Ok(());
     }
     let (mut rows, mut lines, mut count) = (Vec::new(), Vec::new(), 0);
     let mut last = None;
-    for target in &targets {
+    for (target, found) in targets.iter().zip(outputs) {
         let mut outputs = BTreeMap::new();
-        for (name, path) in realiser.outputs(target)? {
+        for (name, path) in found {
             count += 1;
-            let full = store.dir().full(&path);
+            let full = dir.full(&path);
             lines.push(full.clone());
             outputs.insert(name.map_or_else(|| "out".to_owned(), |name| name.to_string()), full);
             last = Some(path);
         }
         let drv = match &target.key {
-            Key::Derivation(drv) => Value::from(store.dir().full(drv)),
+            Key::Derivation(drv) => Value::from(dir.full(drv)),
             Key::Path(_) => Value::Null,
         };
         rows.push(json!({ "drvPath": drv, "outputs": outputs }));
@@ -111,7 +133,7 @@ pub(super) fn build(cx: &Context, settings: &Settings, args: &Build) -> Result<(
             return Err(BuildError::OneRoot { count }.into());
         }
         let link = absolute(link.as_os_str())?;
-        store.add_permanent_root(&path, &PathBuf::from(OsStr::from_bytes(&link)))?;
+        side.add_root("--root", &path, Path::new(OsStr::from_bytes(&link)))?;
     }
     if args.json.json {
         return print_json(&json!(rows));
@@ -129,11 +151,15 @@ fn is_file(word: &OsStr) -> bool {
 }
 
 /// `larder log`.
-pub(super) fn log(cx: &Context, settings: &Settings, args: &Log) -> Result<(), Failure> {
-    let store = open(cx, settings, Access::ReadOnly)?;
+pub(super) fn log(cx: &Context, settings: &Settings, common: &Common, args: &Log) -> Result<(), Failure> {
+    let place = Place::open(cx, settings, common, None, Access::ReadOnly)?;
+    let layout = match place.side(cx, settings, common) {
+        Side::Here(local) => local.layout(),
+        Side::Far(far) => &far.files("log")?.layout,
+    };
     let mut out = Printer::paged(&cx.env, &cx.interrupt);
-    for path in paths(store.dir(), &args.paths)? {
-        print_log(cx, settings, &store, &path, &mut out)?;
+    for path in paths(place.store().dir(), &args.paths)? {
+        print_log(cx, settings, place.store(), layout, &path, &mut out)?;
     }
     Ok(out.finish()?)
 }

@@ -12,7 +12,8 @@ use larder_fs::layout::Access;
 use serde_json::json;
 
 use super::Json;
-use crate::applets::copying::{End, How, copy};
+use crate::applets::copying::{How, copy};
+use crate::applets::place::Place;
 use crate::applets::{Context, print_json, pushing};
 use crate::args::Common;
 use crate::exit::Failure;
@@ -61,7 +62,7 @@ enum CopyError {
 }
 
 pub(super) fn run(cx: &Context, settings: &Settings, common: &Common, args: &Copy) -> Result<(), Failure> {
-    let from = End::open(cx, settings, common, args.from.as_deref(), Access::ReadOnly)?;
+    let from = Place::open(cx, settings, common, args.from.as_deref(), Access::ReadOnly)?;
     let cache = args.to.as_deref().filter(|uri| CacheUri::is_cache(uri));
     if let Some(uri) = cache.filter(|_| args.substitute_on_destination) {
         return Err(CopyError::FetchesNothing { uri: uri.to_owned() }.into());
@@ -85,7 +86,7 @@ pub(super) fn run(cx: &Context, settings: &Settings, common: &Common, args: &Cop
         };
         return told(pushing::push(cx, settings, &from, &paths, how)?, dir);
     }
-    let to = End::open(cx, settings, common, args.to.as_deref(), Access::ReadWrite)?;
+    let to = Place::open(cx, settings, common, args.to.as_deref(), Access::ReadWrite)?;
     let how = How {
         check_signatures: !args.no_check_sigs,
         substitute: args.substitute_on_destination,

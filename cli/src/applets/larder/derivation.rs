@@ -10,21 +10,26 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
+use larder_core::api::{ContentMethod, NewContent, Store, StoreError};
 use larder_core::content_address::Method;
+use larder_core::derivation::check::fill_output_paths;
 use larder_core::derivation::json::{from_json, to_json};
+use larder_core::derivation::modulo::Memo;
 use larder_core::derivation::{Derivation, Output, OutputName};
 use larder_core::hash::Algorithm;
 use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
 use larder_fs::layout::Access;
-use larder_store::LocalStore;
 use larder_store::ingest::ContentAddressed;
 use serde_json::{Map, Value, json};
 
 use super::asking::paths;
 use super::{DerivationAdd, DerivationShow};
-use crate::applets::nix_store::store::{object_name, open};
+use crate::applets::nix_store::remote::objects;
+use crate::applets::nix_store::store::object_name;
+use crate::applets::place::{Place, Side};
 use crate::applets::{Context, print_json};
+use crate::args::Common;
 use crate::exit::Failure;
 use crate::printer::{Output as Kind, Printer};
 
@@ -51,38 +56,50 @@ pub(super) enum FileError {
 }
 
 /// `larder derivation add`.
-pub(super) fn add(cx: &Context, settings: &Settings, args: &DerivationAdd) -> Result<(), Failure> {
-    let store = open(cx, settings, Access::ReadWrite)?;
+pub(super) fn add(cx: &Context, settings: &Settings, common: &Common, args: &DerivationAdd) -> Result<(), Failure> {
+    let place = Place::open(cx, settings, common, None, Access::ReadWrite)?;
+    let side = place.side(cx, settings, common);
     let mut out = Printer::new(Kind::Listing);
-    let mut loader = Loader::new(&store, settings);
+    let mut loader = Loader::new(place.store(), &side, settings);
     for file in &args.files {
         let path = loader.load(file)?;
-        out.line(store.dir().display(&path))?;
+        out.line(place.store().dir().display(&path))?;
     }
     Ok(out.finish()?)
 }
 
 /// `larder derivation show`: an object of derivations by their paths.
-pub(super) fn show(cx: &Context, settings: &Settings, args: &DerivationShow) -> Result<(), Failure> {
-    let store = open(cx, settings, Access::ReadOnly)?;
-    let mut asked = paths(store.dir(), &args.paths)?;
+pub(super) fn show(cx: &Context, settings: &Settings, common: &Common, args: &DerivationShow) -> Result<(), Failure> {
+    let place = Place::open(cx, settings, common, None, Access::ReadOnly)?;
+    let side = place.side(cx, settings, common);
+    let (store, dir) = (place.store(), place.store().dir());
+    let mut asked = paths(dir, &args.paths)?;
     if args.recursive {
-        asked = store.closure(&asked)?.into_iter().filter(StorePath::is_derivation).collect();
+        let all = store.closure(&asked.into_iter().collect(), false)?;
+        asked = all.into_iter().filter(StorePath::is_derivation).collect();
     }
     let mut all = Map::new();
     for path in asked {
         // An output means what made it.
-        let drv = if path.is_derivation() { path.clone() } else { store.info(&path)?.deriver.unwrap_or(path) };
-        all.insert(store.dir().full(&drv), to_json(&store.derivation(&drv)?, store.dir())?);
+        let drv = if path.is_derivation() {
+            path
+        } else {
+            let info = store.info(&path)?.ok_or_else(|| StoreError::not_valid(dir, &path))?;
+            info.deriver.unwrap_or(path)
+        };
+        all.insert(dir.full(&drv), to_json(&side.derivation(&drv)?, dir)?);
     }
     print_json(&Value::Object(all))
 }
 
 /// Takes derivations from files into a store, each file once.
 pub(super) struct Loader<'a> {
-    store: &'a LocalStore,
+    store: &'a dyn Store,
+    side: &'a Side<'a>,
     settings: &'a Settings,
     loaded: BTreeMap<PathBuf, StorePath>,
+    /// Hashes of derivations of a store elsewhere.
+    memo: Memo,
 }
 
 /// A file that was read, some of whose inputs may not be in the store yet.
@@ -95,8 +112,9 @@ struct Opened {
 }
 
 impl<'a> Loader<'a> {
-    pub(super) const fn new(store: &'a LocalStore, settings: &'a Settings) -> Self {
-        Self { store, settings, loaded: BTreeMap::new() }
+    /// Takes them into a store, one side of which it is.
+    pub(super) fn new(store: &'a dyn Store, side: &'a Side<'a>, settings: &'a Settings) -> Self {
+        Self { store, side, settings, loaded: BTreeMap::new(), memo: Memo::new() }
     }
 
     /// The derivation of a file (`-`: standard input), which is valid from then on.
@@ -156,16 +174,46 @@ impl<'a> Loader<'a> {
         let mut drv = from_json(self.store.dir(), &Value::Object(map))
             .map_err(|source| FileError::Derivation { path: file, source })?;
         self.name_fixed_outputs(&mut drv);
-        self.store.fill_output_paths(&mut drv)?;
-        let mut arrivals = self.store.arrivals();
-        let path = arrivals.add_derivation(&drv)?;
-        arrivals.commit()?;
+        let path = match self.side {
+            Side::Here(local) => {
+                local.fill_output_paths(&mut drv)?;
+                let mut arrivals = local.arrivals();
+                let path = arrivals.add_derivation(&drv)?;
+                arrivals.commit()?;
+                path
+            }
+            Side::Far(_) => self.send(&mut drv)?,
+        };
         self.loaded.insert(real, path.clone());
         Ok(path)
     }
 
+    /// Completes a derivation, and takes it into a store that another process keeps.
+    fn send(&mut self, drv: &mut Derivation) -> Result<StorePath, Failure> {
+        let (store, dir) = (self.store, self.store.dir());
+        fill_output_paths(&mut self.memo, dir, drv, |input| objects::derivation(store, input))?;
+        let new = NewContent {
+            name: drv.path(dir)?.name().clone(),
+            method: ContentMethod::Text,
+            references: drv.references(),
+            is_nar: false,
+            repair: false,
+        };
+        Ok(store.add_content(&new, &mut drv.to_aterm(dir).as_slice())?.path)
+    }
+
+    fn add_source(&self, file: &Path, content: ContentAddressed) -> Result<StorePath, Failure> {
+        match self.side {
+            Side::Here(local) => Ok(local.add(file, &content)?),
+            Side::Far(far) => Ok(far.add_file(file, content)?.path),
+        }
+    }
+
     fn add_input(&self, to: &mut Opened, variable: &str, file: &Path, input: &StorePath) -> Result<(), Failure> {
-        let output = self.store.derivation_outputs(input)?.remove("out");
+        let output = match self.side {
+            Side::Here(local) => local.derivation_outputs(input)?.remove("out"),
+            Side::Far(_) => self.store.derivation_outputs(input)?.remove("out").flatten(),
+        };
         let output = output.ok_or_else(|| FileError::NoOut { path: file.to_owned(), variable: variable.to_owned() })?;
         if let Some(Value::Object(inputs)) = to.map.get_mut("inputDrvs") {
             inputs.insert(self.store.dir().full(input), json!({ "dynamicOutputs": {}, "outputs": ["out"] }));
@@ -218,7 +266,7 @@ impl<'a> Loader<'a> {
                 method: Method::Recursive,
                 algorithm: Algorithm::Sha256,
             };
-            let path = self.store.dir().full(&self.store.add(&file, &content)?);
+            let path = self.store.dir().full(&self.add_source(&file, content)?);
             if let Some(Value::Array(sources)) = map.get_mut("inputSrcs") {
                 sources.push(json!(path));
             }

@@ -1,26 +1,35 @@
 //! `larder gc`, `larder why`, `larder roots`, `larder optimise`: collecting garbage, explained.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::PathBuf;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
+use larder_core::api::{Collect, RootLink, StoreError as ApiError};
+use larder_core::path_info::PathInfo;
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
-use larder_fs::layout::Access;
+use larder_core::store_dir::StoreDir;
+use larder_core::store_path::StorePath;
+use larder_fs::layout::{Access, Layout};
+use larder_gc::live::Rules;
 use larder_gc::roots::{Root, RootKind};
 use larder_gc::why::Step;
+use larder_store::StoreError;
 use larder_store::collect::{CollectOptions, Freed};
-use larder_store::plan::{Plan, Reason};
+use larder_store::plan::{Plan, Planned, Reason, measure_there};
 use larder_store::survey::Survey;
-use larder_store::{LocalStore, StoreError};
+use larder_store_db::Graph;
 use serde_json::{Value, json};
 
 use super::Json;
 use crate::applets::Context;
-use crate::applets::nix_store::store::{mib, open, open_for_survey};
-use crate::args::{parse_unsigned, shown};
+use crate::applets::nix_store::store::{Voice, mib};
+use crate::applets::place::{Place, Side};
+use crate::args::{Common, parse_unsigned, shown};
 use crate::exit::{Failure, Status};
 use crate::paths::{absolute, store_path};
 use crate::printer::{Output, Printer};
@@ -97,26 +106,30 @@ fn set(object: &mut Value, key: &str, value: Value) {
     }
 }
 
-fn full(store: &LocalStore, name: &OsStr) -> String {
-    format!("{}/{}", store.dir().as_str(), text(name))
+fn full(dir: &StoreDir, name: &OsStr) -> String {
+    format!("{}/{}", dir.as_str(), text(name))
 }
 
-pub(super) fn collect(cx: &Context, settings: &Settings, args: &Gc) -> Result<Status, Failure> {
+pub(super) fn collect(cx: &Context, settings: &Settings, common: &Common, args: &Gc) -> Result<Status, Failure> {
     let only_tell = args.dry_run || !args.if_dropped.is_empty();
-    let store = open_for_survey(cx, settings, if only_tell { Access::ReadOnly } else { Access::ReadWrite })?;
-    if !only_tell {
+    let access = if only_tell { Access::ReadOnly } else { Access::ReadWrite };
+    let place = Place::open_for_survey(cx, settings, common, access)?;
+    if let Some(local) = place.local().filter(|_| !only_tell) {
         // Before anybody is asked a question.
-        store.refuse_unless_adopted()?;
+        local.refuse_unless_adopted()?;
     }
-    let survey = store.survey()?;
+    let dir = place.store().dir();
     let plan = if args.if_dropped.is_empty() {
-        store.plan(&survey)?
+        plan(cx, &place)?
     } else {
-        store.plan_without(&survey, &named_roots(&survey, &args.if_dropped)?)?
+        let survey = survey(&place, settings)?;
+        let dropped = named_roots(&survey, &args.if_dropped)?;
+        let measured = |dead| measure(cx, &place, survey.entries(dead));
+        measured(&survey.dead_without(&dropped))?.without(&measured(&survey.dead())?)
     };
     let mut out = Printer::new(Output::Listing);
     if !args.json.json {
-        print_plan(&mut out, &store, &plan, args)?;
+        print_plan(&mut out, dir, &plan, args)?;
         io::Write::flush(&mut out)?;
     }
     let mut freed = Freed::default();
@@ -126,10 +139,10 @@ pub(super) fn collect(cx: &Context, settings: &Settings, args: &Gc) -> Result<St
         return Err(GarbageError::NobodyToAsk.into());
     }
     if wanted && !(plan.entries.is_empty() && plan.freed_bytes == 0) {
-        outcome = store.collect(CollectOptions { max_freed_bytes: args.max_freed }, &mut freed);
+        outcome = delete(&place, args.max_freed, &mut freed);
     }
     if args.json.json {
-        let mut value = plan_json(&store, &plan);
+        let mut value = plan_json(dir, &plan);
         if !only_tell {
             set(&mut value, "deleted", json!({"paths": freed.paths, "bytes": freed.bytes}));
         }
@@ -140,6 +153,108 @@ pub(super) fn collect(cx: &Context, settings: &Settings, args: &Gc) -> Result<St
     out.finish()?;
     outcome?;
     Ok(Status::SUCCESS)
+}
+
+/// Collects; what was freed is known also after an error, if the store is ours.
+fn delete(place: &Place, max_freed_bytes: Option<u64>, freed: &mut Freed) -> Result<(), Failure> {
+    if let Some(local) = place.local() {
+        return Ok(local.collect(CollectOptions { max_freed_bytes }, freed)?);
+    }
+    let done = place.store().collect(&Collect::DeleteDead, max_freed_bytes.unwrap_or(u64::MAX))?;
+    (freed.paths, freed.bytes) = (done.paths.len() as u64, done.bytes_freed);
+    Ok(())
+}
+
+/// What a collection would delete now. What is dead in a store of another process is what that one says.
+fn plan(cx: &Context, place: &Place) -> Result<Plan, Failure> {
+    if let Some(local) = place.local() {
+        return Ok(local.plan(&local.survey()?)?);
+    }
+    let (store, dir) = (place.store(), place.store().dir());
+    let dead = store.collect(&Collect::ListDead, u64::MAX)?.paths;
+    // What else lies there is deleted as well, but is not told of.
+    let paths: BTreeSet<StorePath> = dead.iter().filter_map(|path| dir.parse(path).ok()).collect();
+    // A daemon protects paths that it is asked about by name, as long as we are there.
+    let valid = store.all_paths()?;
+    measure(cx, place, paths.iter().map(|path| (path.to_string().into(), valid.contains(path))).collect())
+}
+
+/// What deleting some entries of the store directory, valid ones or not, would free.
+fn measure(cx: &Context, place: &Place, mut entries: Vec<(OsString, bool)>) -> Result<Plan, Failure> {
+    match (place.local(), place.layout()) {
+        (Some(local), _) => return Ok(local.measure(entries)?),
+        (None, Some(layout)) => {
+            let voice = Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() };
+            return Ok(measure_there(entries, layout, &voice)?);
+        }
+        (None, None) => {}
+    }
+    // Where the files are out of reach, the sizes are those of archives.
+    entries.sort_unstable();
+    let paths = entries.iter().map(|(name, _)| StorePath::from_base_name(name.as_bytes()));
+    let infos = place.store().infos(&paths.collect::<Result<Vec<_>, _>>()?)?;
+    let planned = entries.into_iter().zip(infos).map(|((name, valid), info)| Planned {
+        name,
+        valid,
+        size_bytes: info.map_or(0, |info| info.nar_size_bytes),
+    });
+    let entries: Vec<Planned> = planned.collect();
+    let freed_bytes = entries.iter().map(|entry| entry.size_bytes).sum();
+    Ok(Plan { entries, freed_bytes })
+}
+
+/// What lives in a store, and what keeps it. What is not valid is known of a store of ours only.
+fn survey(place: &Place, settings: &Settings) -> Result<Survey, Failure> {
+    if let Some(local) = place.local() {
+        return Ok(local.survey()?);
+    }
+    let store = place.store();
+    let rules = Rules { keep_outputs: settings.keep_outputs, keep_derivations: settings.keep_derivations };
+    // First what is about to be there, as a collector has it.
+    let roots = all_roots(place)?;
+    let paths: Vec<StorePath> = store.all_paths()?.into_iter().collect();
+    let records: Vec<PathInfo> = store.infos(&paths)?.into_iter().flatten().collect();
+    let mut outputs = BTreeMap::new();
+    for drv in paths.into_iter().filter(|path| rules.keep_outputs && path.is_derivation()) {
+        outputs.insert(drv.clone(), store.derivation_outputs(&drv)?.into_values().flatten().collect());
+    }
+    Ok(Survey::of_told(Graph::of_records(&records, &outputs)?, rules, roots))
+}
+
+/// All roots, sorted by link and path.
+fn all_roots(place: &Place) -> Result<Vec<Root>, Failure> {
+    if let Some(local) = place.local() {
+        return Ok(local.all_roots()?);
+    }
+    let told = place.store().roots()?.into_iter().map(|RootLink { link, path, .. }| {
+        let link = PathBuf::from(OsString::from_vec(link));
+        Root { kind: kind_of(&link, place.layout()), link, path }
+    });
+    let mut roots: Vec<Root> = told.collect();
+    roots.sort();
+    Ok(roots)
+}
+
+/// What a root is, by what it is called: the protocol says no more.
+fn kind_of(link: &Path, layout: Option<&Layout>) -> RootKind {
+    let text = link.as_os_str().as_bytes();
+    if text.starts_with(b"{temp:") {
+        return RootKind::Temporary;
+    }
+    // As `{censored}` for whoever is not trusted, and `{lsof}`.
+    if text.starts_with(b"{") || text.starts_with(b"/proc/") {
+        return RootKind::Runtime;
+    }
+    let is_known = match layout {
+        Some(layout) => link.starts_with(layout.gc_roots()) || link.starts_with(layout.profiles()),
+        // Wherever they may lie over there.
+        None => link.iter().any(|part| part == "gcroots" || part == "profiles"),
+    };
+    match (is_known, layout.and_then(|_| link.symlink_metadata().ok())) {
+        (false, _) => RootKind::Indirect,
+        (true, Some(status)) if status.is_file() => RootKind::File,
+        (true, _) => RootKind::Link,
+    }
 }
 
 /// The roots with these links.
@@ -158,7 +273,7 @@ fn named_roots(survey: &Survey, names: &[OsString]) -> Result<Vec<Root>, Failure
     Ok(found)
 }
 
-fn print_plan(out: &mut Printer, store: &LocalStore, plan: &Plan, args: &Gc) -> Result<(), Failure> {
+fn print_plan(out: &mut Printer, dir: &StoreDir, plan: &Plan, args: &Gc) -> Result<(), Failure> {
     let mut entries: Vec<_> = plan.entries.iter().collect();
     let more = if args.list {
         0
@@ -168,7 +283,7 @@ fn print_plan(out: &mut Printer, store: &LocalStore, plan: &Plan, args: &Gc) -> 
     };
     for entry in entries.iter().take(plan.entries.len() - more) {
         let note = if entry.valid { "" } else { "  (not valid)" };
-        out.line(format_args!("{:>14}  {}{note}", mib(entry.size_bytes), full(store, &entry.name)))?;
+        out.line(format_args!("{:>14}  {}{note}", mib(entry.size_bytes), full(dir, &entry.name)))?;
     }
     if more > 0 {
         out.line(format_args!("{:>14}  and {more} smaller ones", ""))?;
@@ -180,11 +295,11 @@ fn print_plan(out: &mut Printer, store: &LocalStore, plan: &Plan, args: &Gc) -> 
     Ok(())
 }
 
-fn plan_json(store: &LocalStore, plan: &Plan) -> Value {
+fn plan_json(dir: &StoreDir, plan: &Plan) -> Value {
     let entries: Vec<Value> = plan
         .entries
         .iter()
-        .map(|entry| json!({"path": full(store, &entry.name), "valid": entry.valid, "size": entry.size_bytes}))
+        .map(|entry| json!({"path": full(dir, &entry.name), "valid": entry.valid, "size": entry.size_bytes}))
         .collect();
     json!({"paths": entries, "freedBytes": plan.freed_bytes})
 }
@@ -201,18 +316,18 @@ fn ask(cx: &Context) -> Result<bool, Failure> {
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
-pub(super) fn why(cx: &Context, settings: &Settings, args: &Why) -> Result<Status, Failure> {
-    let store = open_for_survey(cx, settings, Access::ReadOnly)?;
-    let paths: Vec<_> =
-        args.paths.iter().map(|path| store_path(store.dir(), path.as_os_str())).collect::<Result<_, _>>()?;
-    let survey = store.survey()?;
+pub(super) fn why(cx: &Context, settings: &Settings, common: &Common, args: &Why) -> Result<Status, Failure> {
+    let place = Place::open_for_survey(cx, settings, common, Access::ReadOnly)?;
+    let dir = place.store().dir();
+    let paths: Vec<_> = args.paths.iter().map(|path| store_path(dir, path.as_os_str())).collect::<Result<_, _>>()?;
+    let survey = survey(&place, settings)?;
     let mut out = Printer::paged(&cx.env, &cx.interrupt);
     let mut values = Vec::new();
     for path in &paths {
-        let reasons = store.why(&survey, path)?;
-        let path = store.dir().full(path);
+        let reasons = survey.why(path).ok_or_else(|| ApiError::not_valid(dir, path))?;
+        let path = dir.full(path);
         if args.json.json {
-            let reasons: Vec<Value> = reasons.iter().map(|reason| reason_json(&store, &survey, reason)).collect();
+            let reasons: Vec<Value> = reasons.iter().map(|reason| reason_json(dir, &survey, reason)).collect();
             values.push(json!({"path": path, "live": !reasons.is_empty(), "roots": reasons}));
             continue;
         }
@@ -221,9 +336,9 @@ pub(super) fn why(cx: &Context, settings: &Settings, args: &Why) -> Result<Statu
         }
         for reason in &reasons {
             out.line(format_args!("{} ({})", reason.root.link.display(), kind(reason.root.kind)))?;
-            out.line(format_args!("  -> {}", store.dir().full(&survey.graph.path(reason.chain.start))))?;
+            out.line(format_args!("  -> {}", dir.full(&survey.graph.path(reason.chain.start))))?;
             for (step, node) in &reason.chain.steps {
-                let name = store.dir().full(&survey.graph.path(*node));
+                let name = dir.full(&survey.graph.path(*node));
                 out.line(format_args!("  {} {name}", step_text(*step)))?;
             }
         }
@@ -264,9 +379,9 @@ fn pid(root: &Root) -> Option<u64> {
     text.parse().ok()
 }
 
-fn root_json(store: &LocalStore, root: &Root) -> Value {
+fn root_json(dir: &StoreDir, root: &Root) -> Value {
     let mut value = json!({
-        "link": text(root.link.as_os_str()), "path": store.dir().full(&root.path), "kind": kind(root.kind),
+        "link": text(root.link.as_os_str()), "path": dir.full(&root.path), "kind": kind(root.kind),
     });
     if let Some(pid) = pid(root) {
         set(&mut value, "pid", json!(pid));
@@ -274,8 +389,8 @@ fn root_json(store: &LocalStore, root: &Root) -> Value {
     value
 }
 
-fn reason_json(store: &LocalStore, survey: &Survey, reason: &Reason) -> Value {
-    let name = |node| store.dir().full(&survey.graph.path(node));
+fn reason_json(dir: &StoreDir, survey: &Survey, reason: &Reason) -> Value {
+    let name = |node| dir.full(&survey.graph.path(node));
     let steps = reason.chain.steps.iter().map(|(step, node)| {
         let by = match step {
             Step::Reference => "reference",
@@ -284,29 +399,39 @@ fn reason_json(store: &LocalStore, survey: &Survey, reason: &Reason) -> Value {
         };
         json!({"by": by, "path": name(*node)})
     });
-    let mut value = root_json(store, &reason.root);
+    let mut value = root_json(dir, &reason.root);
     set(&mut value, "chain", steps.collect());
     value
 }
 
-pub(super) fn roots(cx: &Context, settings: &Settings, args: &Roots) -> Result<Status, Failure> {
-    let store = open(cx, settings, Access::ReadOnly)?;
-    let roots = store.all_roots()?;
+pub(super) fn roots(cx: &Context, settings: &Settings, common: &Common, args: &Roots) -> Result<Status, Failure> {
+    let place = Place::open(cx, settings, common, None, Access::ReadOnly)?;
+    let dir = place.store().dir();
+    let roots = all_roots(&place)?;
     let mut out = Printer::paged(&cx.env, &cx.interrupt);
     if args.json.json {
-        out.line(roots.iter().map(|root| root_json(&store, root)).collect::<Value>())?;
+        out.line(roots.iter().map(|root| root_json(dir, root)).collect::<Value>())?;
     } else {
         for root in &roots {
-            out.line(root.display(store.dir()))?;
+            out.line(root.display(dir))?;
         }
     }
     out.finish()?;
     Ok(Status::SUCCESS)
 }
 
-pub(super) fn optimise(cx: &Context, settings: &Settings, args: &Optimise) -> Result<Status, Failure> {
-    let store = open(cx, settings, Access::ReadWrite)?;
-    let outcome = store.optimise();
+pub(super) fn optimise(cx: &Context, settings: &Settings, common: &Common, args: &Optimise) -> Result<Status, Failure> {
+    let place = Place::open(cx, settings, common, None, Access::ReadWrite)?;
+    let local = match place.side(cx, settings, common) {
+        Side::Here(local) => local,
+        Side::Far(far) if args.json.json => return Err(far.not_there("optimise --json")),
+        // Whoever does it tells what it has saved.
+        Side::Far(_) => {
+            place.store().optimise()?;
+            return Ok(Status::SUCCESS);
+        }
+    };
+    let outcome = local.optimise();
     if let Ok(saved) | Err(StoreError::NotLinked { saved, .. }) = &outcome {
         if args.json.json {
             let mut out = Printer::new(Output::Listing);

@@ -9,7 +9,7 @@ use larder_core::store_path::StorePath;
 use larder_fs::layout::Access;
 
 use crate::applets::Context;
-use crate::applets::copying::End;
+use crate::applets::place::Place;
 use crate::applets::pushing::{self, How};
 use crate::args::Common;
 use crate::exit::Failure;
@@ -39,7 +39,7 @@ pub struct Push {
 }
 
 pub(super) fn push(cx: &Context, settings: &Settings, common: &Common, args: &Push) -> Result<(), Failure> {
-    let from = End::open(cx, settings, common, None, Access::ReadOnly)?;
+    let from = Place::open(cx, settings, common, None, Access::ReadOnly)?;
     let asked: BTreeSet<StorePath> = store_paths(from.store().dir(), &args.paths)?.into_iter().collect();
     let how = How {
         uri: &args.to,

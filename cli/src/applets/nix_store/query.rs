@@ -9,6 +9,7 @@ use std::rc::Rc;
 use larder_core::hash::Sha256Digest;
 use larder_core::registration::write_path;
 use larder_core::settings::Settings;
+use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 use larder_fs::layout::Access;
 use larder_store::{LocalStore, StoreError};
@@ -232,7 +233,7 @@ impl Asked<'_> {
 
 /// The closure of some paths as it was at one moment.
 pub(in crate::applets) struct Snapshot<'s> {
-    store: &'s LocalStore,
+    dir: &'s StoreDir,
     graph: Graph,
     /// Are referrers shown in the place of references?
     backward: bool,
@@ -250,15 +251,15 @@ impl<'s> Snapshot<'s> {
             }
             Ok(Some(closure_of(txn, &valid, Walk::REFERENCES)?))
         })?;
-        Ok(Self::new(store, graph.unwrap_or_default(), false))
+        Ok(Self::new(store.dir(), graph.unwrap_or_default(), false))
     }
 
-    pub(in crate::applets) fn new(store: &'s LocalStore, graph: Graph, backward: bool) -> Self {
-        Self { store, graph, backward }
+    pub(in crate::applets) fn new(dir: &'s StoreDir, graph: Graph, backward: bool) -> Self {
+        Self { dir, graph, backward }
     }
 
     fn node(&self, path: &StorePath) -> Result<larder_store_db::Node, Failure> {
-        Ok(self.graph.node(path).ok_or_else(|| self.store.not_valid(path))?)
+        Ok(self.graph.node(path).ok_or_else(|| StoreError::NotValid { path: self.dir.full(path) })?)
     }
 }
 

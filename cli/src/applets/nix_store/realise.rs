@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use larder_cache::client::Client;
 use larder_cache::{Caches, Source};
+use larder_core::api::ReadStore;
 use larder_core::derivation::OutputName;
 use larder_core::report::{Level, Reporter as _};
 use larder_core::settings::Settings;
@@ -16,9 +17,9 @@ use larder_fs::layout::{Access, Layout};
 use larder_realise::job::Mode;
 use larder_realise::logs;
 use larder_realise::plan::{Key, Target, Wanted};
-use larder_store::{LocalStore, StoreError};
+use larder_store::LocalStore;
 
-use super::store::open;
+use super::store::{Voice, open};
 use crate::applets::Context;
 use crate::args::Common;
 use crate::args::nix_store::{BuildMode, Realise};
@@ -147,37 +148,36 @@ pub(super) fn read_logs(cx: &Context, settings: &Settings, paths: &[OsString]) -
     let store = open(cx, settings, Access::ReadOnly)?;
     let mut out = Printer::paged(&cx.env, &cx.interrupt);
     for argument in paths {
-        print_log(cx, settings, &store, &store_path(store.dir(), argument)?, &mut out)?;
+        print_log(cx, settings, &store, store.layout(), &store_path(store.dir(), argument)?, &mut out)?;
     }
     Ok(out.finish()?)
 }
 
-/// Prints the log of a derivation, or of what made an output. What is not here is looked for in
+/// Prints the log of a derivation, or of what made an output. What does not lie here is looked for in
 /// caches, and where `log-servers` says.
 pub(in crate::applets) fn print_log(
     cx: &Context,
     settings: &Settings,
-    store: &LocalStore,
+    store: &dyn ReadStore,
+    layout: &Layout,
     path: &StorePath,
     out: &mut Printer,
 ) -> Result<(), Failure> {
     let full = || store.dir().full(path);
-    let caches = || caches(&cx.env, settings, store.dir(), &store.shared_reporter());
+    let reporter = || Voice { terminal: Arc::clone(&cx.terminal), interrupt: cx.interrupt.clone() };
+    let caches = || caches(&cx.env, settings, store.dir(), &(Arc::new(reporter()) as Arc<_>));
     let caches = Some(()).filter(|()| settings.substitute).map(|()| caches());
     let drv = if path.is_derivation() {
         Some(path.clone())
     } else {
-        match store.info(path) {
-            Ok(info) => info.deriver,
-            Err(StoreError::NotValid { .. }) => match &caches {
-                Some(caches) => caches.find(path, None)?.and_then(|found| found.info.info.deriver.clone()),
-                None => None,
-            },
-            Err(error) => return Err(error.into()),
+        match (store.info(path)?, &caches) {
+            (Some(info), _) => info.deriver,
+            (None, Some(caches)) => caches.find(path, None)?.and_then(|found| found.info.info.deriver.clone()),
+            (None, None) => None,
         }
     };
     let Some(drv) = drv else { return Err(RealiseOpError::NoLog { path: full() }.into()) };
-    let mut log: Box<dyn std::io::Read + '_> = match logs::open(store.layout(), &drv)? {
+    let mut log: Box<dyn std::io::Read + '_> = match logs::open(layout, &drv)? {
         Some(log) => Box::new(log),
         None => match remote_log(cx, settings, caches.as_ref(), &drv) {
             Some(log) => log,
@@ -185,21 +185,6 @@ pub(in crate::applets) fn print_log(
         },
     };
     copy_log(&mut *log, &full(), out)
-}
-
-/// Prints the log of a derivation that lies here, for the path that was asked about.
-pub(super) fn print_log_of(
-    layout: &Layout,
-    asked: &str,
-    drv: Option<&StorePath>,
-    out: &mut Printer,
-) -> Result<(), Failure> {
-    let log = match drv {
-        Some(drv) => logs::open(layout, drv)?,
-        None => None,
-    };
-    let mut log = log.ok_or_else(|| RealiseOpError::NoLog { path: asked.to_owned() })?;
-    copy_log(&mut log, asked, out)
 }
 
 fn copy_log(log: &mut dyn std::io::Read, asked: &str, out: &mut Printer) -> Result<(), Failure> {

@@ -3,14 +3,14 @@
 //! What the protocols have no word for is refused. Where the store is a daemon's, its files lie on
 //! this machine and are read from there.
 
-mod objects;
-mod query;
+pub(in crate::applets) mod objects;
+pub(in crate::applets) mod query;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use larder_core::api::{self, Collect, ContentMethod, DerivedPath, Missing, NewContent, Outputs, Store};
 use larder_core::content_address::Method;
@@ -23,8 +23,9 @@ use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
 use larder_gc::add_root;
 use larder_realise::plan::{Key, Target, Wanted};
+use larder_store::ingest::ContentAddressed;
 
-use super::realise::{print_log_of, root_link, warn_of_collector};
+use super::realise::{print_log, root_link, warn_of_collector};
 use super::store::{mib, object_name};
 use crate::applets::Context;
 use crate::applets::nar::dump_options;
@@ -35,6 +36,7 @@ use crate::exit::{Failure, Status};
 use crate::paths::{absolute, store_path, store_paths};
 use crate::printer::{Output, Printer};
 use crate::realising::target;
+use crate::remote::Opened;
 
 /// Why it cannot be done there.
 #[derive(Debug, thiserror::Error)]
@@ -57,17 +59,33 @@ enum FarError {
 }
 
 /// Outputs with their names, or a path that is none.
-type Outs = Vec<(Option<OutputName>, StorePath)>;
+pub(in crate::applets) type Outs = Vec<(Option<OutputName>, StorePath)>;
 
 /// A store elsewhere, and who asks.
-pub(super) struct Far<'a> {
-    pub(super) cx: &'a Context,
-    pub(super) settings: &'a Settings,
-    pub(super) common: &'a Common,
-    pub(super) store: &'a dyn Store,
-    pub(super) uri: String,
+pub(in crate::applets) struct Far<'a> {
+    cx: &'a Context,
+    settings: &'a Settings,
+    common: &'a Common,
+    store: &'a dyn Store,
+    uri: &'a str,
     /// Where the files lie, if that is on this machine.
-    pub(super) files: Option<LocalStore>,
+    files: Option<&'a LocalStore>,
+}
+
+impl<'a> Far<'a> {
+    pub(in crate::applets) fn new(
+        cx: &'a Context,
+        settings: &'a Settings,
+        common: &'a Common,
+        opened: &'a Opened,
+    ) -> Self {
+        Self { cx, settings, common, store: opened.store(), uri: &opened.uri, files: opened.files.as_ref() }
+    }
+
+    /// Where the files lie, which an operation needs to be on this machine.
+    pub(in crate::applets) fn files(&self, operation: &'static str) -> Result<&'a LocalStore, Failure> {
+        self.files.ok_or_else(|| self.not_there(operation))
+    }
 }
 
 impl Far<'_> {
@@ -125,8 +143,9 @@ impl Far<'_> {
         Ok(Status::SUCCESS)
     }
 
-    fn not_there(&self, operation: &'static str) -> Failure {
-        FarError::NotThere { operation, uri: self.uri.clone() }.into()
+    /// Why that is done in a local store only.
+    pub(in crate::applets) fn not_there(&self, operation: &'static str) -> Failure {
+        FarError::NotThere { operation, uri: self.uri.to_owned() }.into()
     }
 
     fn not_valid(&self, path: &StorePath) -> Failure {
@@ -149,19 +168,8 @@ impl Far<'_> {
             BuildMode::Repair => api::BuildMode::Repair,
             BuildMode::Check => api::BuildMode::Check,
         };
-        let mut missing = self.store.missing(&targets)?;
-        if args.ignore_unknown {
-            targets.retain(|target| !missing.unknown.contains(target.path()));
-            missing.unknown.clear();
-        }
-        if self.settings.print_missing {
-            self.tell_missing(&missing)?;
-        }
-        if args.dry_run {
-            return Ok(());
-        }
-        self.store.realise(&targets, mode)?;
-        if args.ignore_unknown {
+        self.make_valid(&mut targets, mode, args.dry_run, args.ignore_unknown)?;
+        if args.dry_run || args.ignore_unknown {
             return Ok(());
         }
         if args.roots.add_root.is_none() {
@@ -174,7 +182,10 @@ impl Far<'_> {
                 let suffix = output.as_ref().map(OutputName::as_str).filter(|name| *name != "out");
                 printed.insert(match &args.roots.add_root {
                     None => dir.full(&path).into_bytes(),
-                    Some(root) => self.add_root(&path, &root_link(root, number, suffix)?)?.into_os_string().into_vec(),
+                    Some(root) => {
+                        let link = root_link(root, number, suffix)?;
+                        self.add_root("--add-root", &path, &link)?.into_os_string().into_vec()
+                    }
                 });
             }
             if !args.no_output {
@@ -185,6 +196,28 @@ impl Far<'_> {
             }
         }
         Ok(out.finish()?)
+    }
+
+    /// Builds or fetches, after telling what is missing. What nobody has may be left out.
+    pub(in crate::applets) fn make_valid(
+        &self,
+        targets: &mut Vec<DerivedPath>,
+        mode: api::BuildMode,
+        dry_run: bool,
+        ignore_unknown: bool,
+    ) -> Result<(), Failure> {
+        let mut missing = self.store.missing(targets)?;
+        if ignore_unknown {
+            targets.retain(|target| !missing.unknown.contains(target.path()));
+            missing.unknown.clear();
+        }
+        if self.settings.print_missing {
+            self.tell_missing(&missing)?;
+        }
+        if !dry_run {
+            self.store.realise(targets, mode)?;
+        }
+        Ok(())
     }
 
     fn tell_missing(&self, missing: &Missing) -> Result<(), Failure> {
@@ -216,8 +249,13 @@ impl Far<'_> {
     }
 
     /// Makes a link on this machine, and lets the daemon know of it.
-    fn add_root(&self, path: &StorePath, link: &std::path::Path) -> Result<PathBuf, Failure> {
-        let Some(files) = &self.files else { return Err(self.not_there("--add-root")) };
+    pub(in crate::applets) fn add_root(
+        &self,
+        flag: &'static str,
+        path: &StorePath,
+        link: &Path,
+    ) -> Result<PathBuf, Failure> {
+        let files = self.files(flag)?;
         self.store.add_temp_roots(&[path.clone()].into())?;
         let link = add_root::make_link(&files.layout, path, link)?;
         self.store.add_indirect_root(&link)?;
@@ -225,7 +263,7 @@ impl Far<'_> {
     }
 
     /// For each target the outputs that it names, or the path itself, with the names of outputs.
-    fn outputs_of(&self, targets: &[DerivedPath]) -> Result<Vec<Outs>, Failure> {
+    pub(in crate::applets) fn outputs_of(&self, targets: &[DerivedPath]) -> Result<Vec<Outs>, Failure> {
         let drv = |target: &'_ DerivedPath| matches!(target, DerivedPath::Built { .. });
         let drvs: Vec<&StorePath> = targets.iter().filter(|target| drv(target)).map(DerivedPath::path).collect();
         let mut known = self.store.derivations_outputs(&drvs)?.into_iter();
@@ -270,30 +308,31 @@ impl Far<'_> {
             {
                 return Err(FarError::NoFile { path: path.display().to_string() }.into());
             }
-            let new = NewContent {
-                name,
-                method: ContentMethod::Fixed(method, algorithm),
-                references: BTreeSet::new(),
-                is_nar: method != Method::Flat,
-                repair: false,
-            };
-            let info = objects::send(self.store, &new, &path, &dump_options(self.settings))?;
+            let info = self.add_file(&path, ContentAddressed { name, method, algorithm })?;
             out.line(self.store.dir().display(&info.path))?;
         }
         Ok(out.finish()?)
     }
 
+    /// Sends a file or a tree.
+    pub(in crate::applets) fn add_file(&self, path: &Path, content: ContentAddressed) -> Result<PathInfo, Failure> {
+        let ContentAddressed { name, method, algorithm } = content;
+        let new = NewContent {
+            name,
+            method: ContentMethod::Fixed(method, algorithm),
+            references: BTreeSet::new(),
+            is_nar: method != Method::Flat,
+            repair: false,
+        };
+        objects::send(self.store, &new, path, &dump_options(self.settings))
+    }
+
     fn read_logs(&self, paths: &[OsString]) -> Result<(), Failure> {
-        let Some(files) = &self.files else { return Err(self.not_there("--read-log")) };
+        let layout = &self.files("--read-log")?.layout;
         let mut out = Printer::paged(&self.cx.env, &self.cx.interrupt);
         for argument in paths {
             let path = store_path(self.store.dir(), argument)?;
-            let drv = if path.is_derivation() {
-                Some(path.clone())
-            } else {
-                self.store.info(&path)?.and_then(|info| info.deriver)
-            };
-            print_log_of(&files.layout, &self.store.dir().full(&path), drv.as_ref(), &mut out)?;
+            print_log(self.cx, self.settings, self.store, layout, &path, &mut out)?;
         }
         Ok(out.finish()?)
     }
@@ -301,22 +340,24 @@ impl Far<'_> {
     fn verify(&self, paths: &[StorePath]) -> Result<Status, Failure> {
         let mut status = Status::SUCCESS;
         for path in paths {
-            let info = self.info(path)?;
-            self.cx
-                .terminal
-                .message(Level::Talkative, format_args!("checking path '{}'...", self.store.dir().display(path)));
-            let found = objects::hash(self, path)?;
-            if found != info.nar_hash {
-                let error = FarError::Modified {
-                    path: self.store.dir().full(path),
-                    expected: info.nar_hash.to_base32(),
-                    found: found.to_base32(),
-                };
-                self.cx.terminal.error(&error);
+            if !self.verify_path(path)? {
                 status = Status::FAILURE;
             }
         }
         Ok(status)
+    }
+
+    /// Compares the contents of one valid path with its record; a difference is told.
+    pub(in crate::applets) fn verify_path(&self, path: &StorePath) -> Result<bool, Failure> {
+        let info = self.info(path)?;
+        let full = || self.store.dir().full(path);
+        self.cx.terminal.message(Level::Talkative, format_args!("checking path '{}'...", full()));
+        let found = objects::hash(self, path)?;
+        if found != info.nar_hash {
+            let (expected, found) = (info.nar_hash.to_base32(), found.to_base32());
+            self.cx.terminal.error(&FarError::Modified { path: full(), expected, found });
+        }
+        Ok(found == info.nar_hash)
     }
 
     fn check_validity(&self, print_invalid: bool, paths: &[StorePath]) -> Result<(), Failure> {
@@ -378,16 +419,16 @@ impl Far<'_> {
     }
 
     /// A derivation that the store has.
-    fn derivation(&self, path: &StorePath) -> Result<Derivation, Failure> {
+    pub(in crate::applets) fn derivation(&self, path: &StorePath) -> Result<Derivation, Failure> {
         if !self.store.is_valid(path)? {
             return Err(self.not_valid(path));
         }
-        objects::derivation(self, path)
+        Ok(objects::derivation(self.store, path)?)
     }
 }
 
 /// A target as stores of others are asked for it.
-fn derived(target: &Target) -> DerivedPath {
+pub(in crate::applets) fn derived(target: &Target) -> DerivedPath {
     match &target.key {
         Key::Path(path) => DerivedPath::Opaque(path.clone()),
         Key::Derivation(drv) => {

@@ -156,7 +156,17 @@ pub(in crate::applets) fn open_for_many(
 }
 
 fn open_with(cx: &Context, settings: &Settings, access: Access, pages: Pages) -> Result<LocalStore, Failure> {
-    let local = local(cx, settings, access)?;
+    open_chosen(cx, settings, local(cx, settings, access)?, access, pages)
+}
+
+/// Opens a local store that was chosen.
+pub(in crate::applets) fn open_chosen(
+    cx: &Context,
+    settings: &Settings,
+    local: conf::LocalStore,
+    access: Access,
+    pages: Pages,
+) -> Result<LocalStore, Failure> {
     let access = if local.read_only { Access::ReadOnly } else { access };
     if access == Access::ReadWrite {
         if local.is_private && !local.layout.state.exists() {

@@ -5,11 +5,11 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek as _, Write};
 use std::path::Path;
 
-use larder_core::api::{AddOptions, NarSource, NewContent, Store, StoreError};
+use larder_core::api::{AddOptions, NarSource, NewContent, ReadStore, Store, StoreError};
 use larder_core::derivation::{Derivation, aterm, name_of};
 use larder_core::export::{ExportError, Lead, Next, Step, Trailer, write_lead, write_trailer};
 use larder_core::hash::{NarHasher, Sha256Digest};
-use larder_core::nar::{Event, Parser};
+use larder_core::nar::{Event, NarError, Parser};
 use larder_core::path_info::PathInfo;
 use larder_core::store_path::StorePath;
 use larder_fs::dump::{DumpError, DumpOptions, Dumper, StreamError, dump_pipelined};
@@ -35,12 +35,24 @@ enum ObjectError {
     Open { path: std::path::PathBuf, source: io::Error },
     #[error("'{}' is no regular file, as a flat hash needs one", path.display())]
     NotRegular { path: std::path::PathBuf },
-    #[error("'{path}' is no derivation")]
-    Derivation { path: String },
     #[error("keeping an object for a moment in a temporary file")]
     Spool(#[source] io::Error),
     #[error("reading standard input")]
     Stdin(#[source] io::Error),
+}
+
+/// Why a derivation of a store elsewhere cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(in crate::applets) enum DerivationError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("'{path}' is no derivation")]
+    None { path: String },
+    #[error("the archive of '{path}' cannot be read")]
+    Archive { path: String, source: NarError },
+    #[error("derivation '{path}' cannot be read")]
+    Text { path: String, source: aterm::DerivationError },
 }
 
 /// The archive of a tree, as it is read.
@@ -130,21 +142,24 @@ pub(super) fn hash(far: &Far<'_>, path: &StorePath) -> Result<Sha256Digest, Fail
 }
 
 /// The derivation at a valid path.
-pub(super) fn derivation(far: &Far<'_>, path: &StorePath) -> Result<Derivation, Failure> {
-    let full = || far.store.dir().full(path);
+pub(in crate::applets) fn derivation(store: &dyn ReadStore, path: &StorePath) -> Result<Derivation, DerivationError> {
+    let full = || store.dir().full(path);
+    let no_derivation = || DerivationError::None { path: full() };
     let mut nar = Vec::new();
-    far.store.nar(path, &mut nar)?;
+    store.nar(path, &mut nar)?;
     let (mut parser, mut rest, mut text) = (Parser::default(), nar.as_slice(), Vec::new());
-    while let Some(event) = parser.next(&mut rest)? {
+    while let Some(event) =
+        parser.next(&mut rest).map_err(|source| DerivationError::Archive { path: full(), source })?
+    {
         match event {
             Event::Contents(bytes) => text.extend_from_slice(bytes),
             Event::File { size_bytes, .. } if size_bytes <= MAX_DERIVATION_BYTES as u64 => {}
             Event::EndFile => {}
-            _ => return Err(ObjectError::Derivation { path: full() }.into()),
+            _ => return Err(no_derivation()),
         }
     }
-    let name = name_of(path).map_err(|_| ObjectError::Derivation { path: full() })?;
-    Ok(aterm::parse(far.store.dir(), &name, &text)?)
+    let name = name_of(path).map_err(|_| no_derivation())?;
+    aterm::parse(store.dir(), &name, &text).map_err(|source| DerivationError::Text { path: full(), source })
 }
 
 impl Far<'_> {
@@ -170,7 +185,7 @@ impl Far<'_> {
     /// the same bytes, copied twice more.
     fn nar(&self, info: &PathInfo, out: &mut Printer) -> Result<(), Failure> {
         let is_here = |files: &&LocalStore| files.layout.real_path(&info.path).symlink_metadata().is_ok();
-        let Some(files) = self.files.as_ref().filter(is_here) else { return Ok(self.store.nar(&info.path, out)?) };
+        let Some(files) = self.files.filter(is_here) else { return Ok(self.store.nar(&info.path, out)?) };
         let mut hasher = NarHasher::new();
         self.dump_here(files, &info.path, |bytes| {
             hasher.update(bytes);

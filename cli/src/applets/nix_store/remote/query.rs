@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::rc::Rc;
 
-use larder_core::api::{self, DerivedPath, Outputs};
+use larder_core::api::{self, DerivedPath, Outputs, ReadStore, StoreError};
 use larder_core::path_info::PathInfo;
 use larder_core::store_path::StorePath;
 
@@ -68,6 +68,19 @@ impl Nodes for Known<'_, '_> {
     fn nar_size_bytes(&mut self, path: &StorePath) -> Result<u64, Failure> {
         Ok(self.info(path)?.nar_size_bytes)
     }
+}
+
+/// Some paths, and all that refers to them, directly or not.
+pub(in crate::applets) fn referrers_closure(
+    store: &dyn ReadStore,
+    paths: &[StorePath],
+) -> Result<BTreeSet<StorePath>, StoreError> {
+    let mut closure: BTreeSet<StorePath> = paths.iter().cloned().collect();
+    let mut left = paths.to_vec();
+    while let Some(path) = left.pop() {
+        left.extend(store.referrers(&path)?.into_iter().filter(|path| closure.insert(path.clone())));
+    }
+    Ok(closure)
 }
 
 impl Far<'_> {
@@ -136,7 +149,7 @@ impl Far<'_> {
                 for path in &roots {
                     known.info(path)?;
                 }
-                let all = self.referrers_closure(&roots)?;
+                let all = referrers_closure(store, &roots)?;
                 self.print_sorted(&all, &mut known, &mut out)?;
             }
             QueryKind::Deriver => {
@@ -192,7 +205,7 @@ impl Far<'_> {
                 }
             }
             QueryKind::Roots => {
-                let needing = self.referrers_closure(&self.meant(query, &paths)?)?;
+                let needing = referrers_closure(store, &self.meant(query, &paths)?)?;
                 for root in store.roots()? {
                     if needing.contains(&root.path) {
                         graphs::print_root(dir, OsStr::from_bytes(&root.link), &root.path, &mut out)?;
@@ -214,15 +227,6 @@ impl Far<'_> {
             out.line(self.store.dir().display(&path))?;
         }
         Ok(())
-    }
-
-    fn referrers_closure(&self, paths: &[StorePath]) -> Result<BTreeSet<StorePath>, Failure> {
-        let mut closure: BTreeSet<StorePath> = paths.iter().cloned().collect();
-        let mut left = paths.to_vec();
-        while let Some(path) = left.pop() {
-            left.extend(self.store.referrers(&path)?.into_iter().filter(|path| closure.insert(path.clone())));
-        }
-        Ok(closure)
     }
 
     /// What the arguments mean: with `--use-output` the outputs of derivations.
