@@ -27,6 +27,7 @@ mod limits;
 mod people;
 mod process;
 mod pushing;
+mod realisations;
 mod realise;
 mod remote;
 mod remote_builds;

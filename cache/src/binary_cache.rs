@@ -1,6 +1,6 @@
 //! One binary cache.
 //!
-//! Source: protocols, sections 5.1 and 5.5; `cache_info.json`.
+//! Source: protocols, sections 5.1 and 5.5; modern, section 2.9; `cache_info.json`.
 
 use std::io::{BufReader, Read};
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use larder_core::hash_part::HashPart;
 use larder_core::narinfo::{self, CacheInfo, NarInfo};
+use larder_core::realisation::{self, DrvOutput, Realisation};
 use larder_core::report::{Level, Reporter, chain};
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
@@ -21,6 +22,11 @@ use crate::lookups::{CacheId, Known, Lookups};
 use crate::nar::NarReader;
 use crate::place::{CACHE_INFO, CACHE_INFO_MAX, Place};
 use crate::uri::CacheUri;
+
+/// The file in which a cache says what an output was built as.
+pub(crate) fn realisation_name(id: &DrvOutput) -> String {
+    format!("realisations/{id}.doi")
+}
 
 /// One cache.
 pub struct BinaryCache {
@@ -179,6 +185,41 @@ impl BinaryCache {
         }
         let known = Known::There(Arc::new(info));
         lookups.put(self.id, self.on_disk(), part, known.clone(), text);
+        Ok(known)
+    }
+
+    /// What it says that an output of a derivation was built as.
+    ///
+    /// What it says of another output than the one asked for is as good as nothing.
+    pub fn realisation(&self, lookups: &Lookups, id: &DrvOutput) -> Result<Known<Realisation>, CacheError> {
+        if let Some(known) = lookups.realisation(self.id, self.on_disk(), id) {
+            return Ok(known);
+        }
+        let name = realisation_name(id);
+        let Some(text) = self.small(&name, realisation::MAX_LEN as u64)? else {
+            lookups.put_realisation(self.id, self.on_disk(), id, Known::Absent, b"");
+            return Ok(Known::Absent);
+        };
+        let read = Realisation::from_json(&text).map_err(|error| CacheError::Realisation {
+            uri: self.uri.shown.clone(),
+            name,
+            source: Box::new(error),
+        })?;
+        if read.id != *id {
+            self.reporter.message(
+                Level::Warn,
+                format_args!(
+                    "the cache '{}' was asked for the realisation of '{id}' and tells of '{}'; it is taken as not \
+                     having it",
+                    self.uri(),
+                    read.id
+                ),
+            );
+            lookups.put_realisation(self.id, false, id, Known::Absent, b"");
+            return Ok(Known::Absent);
+        }
+        let known = Known::There(Arc::new(read));
+        lookups.put_realisation(self.id, self.on_disk(), id, known.clone(), &text);
         Ok(known)
     }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use larder_core::hash_part::HashPart;
 use larder_core::narinfo::NarInfo;
+use larder_core::realisation::{DrvOutput, Realisation};
 use larder_core::report::{Level, Reporter, chain};
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
@@ -47,6 +48,14 @@ pub struct Found {
     /// The number of the cache, in the order in which they are asked.
     pub cache: usize,
     pub info: Arc<NarInfo>,
+}
+
+/// What a cache says that an output was built as.
+#[derive(Debug, Clone)]
+pub struct Realised {
+    /// The number of the cache, in the order in which they are asked.
+    pub cache: usize,
+    pub realisation: Arc<Realisation>,
 }
 
 /// Several caches.
@@ -120,15 +129,37 @@ impl Caches {
     ///
     /// A cache that fails is passed over. The error comes only where no other has the path.
     pub fn find(&self, path: &StorePath, after: Option<usize>) -> Result<Option<Found>, CacheError> {
+        let ask = |cache: &Source| match cache.find(&self.lookups, path)? {
+            Known::There(info) if info.info.path == *path => Ok(Some(info)),
+            _ => Ok(None),
+        };
+        Ok(self.first(after, ask)?.map(|(cache, info)| Found { cache, info }))
+    }
+
+    /// What the first cache that knows it says that an output was built as; the rest as above.
+    pub fn find_realisation(&self, id: &DrvOutput, after: Option<usize>) -> Result<Option<Realised>, CacheError> {
+        let ask = |cache: &Source| match cache.realisation(&self.lookups, id)? {
+            Known::There(realisation) => Ok(Some(realisation)),
+            Known::Absent => Ok(None),
+        };
+        Ok(self.first(after, ask)?.map(|(cache, realisation)| Realised { cache, realisation }))
+    }
+
+    /// The first cache behind number `after` that has something, and what.
+    fn first<T>(
+        &self,
+        after: Option<usize>,
+        ask: impl Fn(&Source) -> Result<Option<T>, CacheError>,
+    ) -> Result<Option<(usize, T)>, CacheError> {
         let mut failed = None;
         for (number, cache) in self.list().iter().enumerate().skip(after.map_or(0, |after| after + 1)) {
-            let known = match cache.disabled() {
+            let answer = match cache.disabled() {
                 Some(error) => Err(error),
-                None => cache.find(&self.lookups, path),
+                None => ask(cache),
             };
-            match known {
-                Ok(Known::There(info)) if info.info.path == *path => return Ok(Some(Found { cache: number, info })),
-                Ok(_) => {}
+            match answer {
+                Ok(Some(found)) => return Ok(Some((number, found))),
+                Ok(None) => {}
                 Err(CacheError::Interrupted) => return Err(CacheError::Interrupted),
                 Err(error) => {
                     cache.note(&error);

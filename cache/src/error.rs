@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use larder_core::hash::Hash;
 use larder_core::narinfo::{CacheInfoError, NarInfoError};
+use larder_core::realisation::RealisationError;
 use larder_core::store_path::StorePathError;
 
 /// An error of a cache. The texts name the cache and the file; the reason is the source.
@@ -41,6 +42,8 @@ pub enum CacheError {
     TooLong { uri: String, name: String, limit: u64 },
     #[error("what the cache '{uri}' says of '{name}' is not valid")]
     NarInfo { uri: String, name: String, source: NarInfoError },
+    #[error("what the cache '{uri}' says in '{name}' is not valid")]
+    Realisation { uri: String, name: String, source: Box<RealisationError> },
     #[error("unknown compression method '{method}' in the cache '{uri}'")]
     Compression { uri: String, method: String },
     #[error("'{name}' of the cache '{uri}' cannot be decompressed")]

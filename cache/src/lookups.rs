@@ -2,9 +2,10 @@
 //!
 //! The file (redb, `narinfo.redb` in the user's cache directory) is shared by all processes and
 //! can be deleted at any time. What cannot be read or written of it is done without. Its one
-//! table has keys of 32 bytes, 12 of the hash of the cache's URI and the 20 of the hash part (or only
-//! the first 12, for the cache itself), and values of 8 bytes of time (seconds since 1970, little endian),
-//! one of sort, and a text as the cache gave it.
+//! table has keys of 32 bytes, 12 of the hash of the cache's URI and the 20 of the hash part (only
+//! the first 12, for the cache itself; the 12 and the 32 of the hash of an output's id, for a
+//! realisation), and values of 8 bytes of time (seconds since 1970, little endian), one of sort, and a
+//! text as the cache gave it.
 //!
 //! Source: protocols, section 5.3.
 
@@ -16,6 +17,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use larder_core::hash::Sha256Digest;
 use larder_core::hash_part::HashPart;
 use larder_core::narinfo::NarInfo;
+use larder_core::realisation::{DrvOutput, Realisation};
 use larder_core::report::{Level, Reporter};
 use redb::{
     ConcurrencyMode, Database, DatabaseError, ReadOnlyDatabase, ReadableDatabase as _, ReadableTable as _,
@@ -51,11 +53,11 @@ pub struct Lifetimes {
     pub negative_s: u64,
 }
 
-/// What a cache was found to have.
+/// What a cache was found to have: of a path, or of an output of a derivation.
 #[derive(Debug, Clone)]
-pub enum Known {
+pub enum Known<T = NarInfo> {
     Absent,
-    There(Arc<NarInfo>),
+    There(Arc<T>),
 }
 
 /// Which cache, in keys.
@@ -74,6 +76,12 @@ impl CacheId {
     fn key(self, part: Option<HashPart>) -> Vec<u8> {
         let mut key = self.0.to_vec();
         key.extend(part.iter().flat_map(HashPart::as_bytes));
+        key
+    }
+
+    fn key_of_output(self, id: &DrvOutput) -> Vec<u8> {
+        let mut key = self.0.to_vec();
+        key.extend(Sha256Digest::of(id.to_string().as_bytes()).as_bytes());
         key
     }
 }
@@ -112,6 +120,7 @@ struct Row {
 /// What was asked before.
 pub struct Lookups {
     memory: Mutex<HashMap<(CacheId, HashPart), Known>>,
+    realisations: Mutex<HashMap<(CacheId, DrvOutput), Known<Realisation>>>,
     disk: Option<Disk>,
     lifetimes: Lifetimes,
     reporter: Arc<dyn Reporter + Send + Sync>,
@@ -152,7 +161,7 @@ impl Lookups {
             reader: Mutex::new(Reader::Unopened),
             fresh: Mutex::default(),
         });
-        Self { memory: Mutex::default(), disk, lifetimes, reporter }
+        Self { memory: Mutex::default(), realisations: Mutex::default(), disk, lifetimes, reporter }
     }
 
     /// What is known; from the disk it is parsed by `parse`, which may refuse it.
@@ -183,6 +192,42 @@ impl Lookups {
         lock(&self.memory).insert((cache, part), known);
         if on_disk {
             self.write_later(cache.key(Some(part)), sort, text);
+        }
+    }
+
+    /// What is known of the realisation of an output.
+    pub fn realisation(&self, cache: CacheId, on_disk: bool, id: &DrvOutput) -> Option<Known<Realisation>> {
+        let asked = (cache, id.clone());
+        if let Some(known) = lock(&self.realisations).get(&asked) {
+            return Some(known.clone());
+        }
+        let disk = self.disk.as_ref().filter(|_| on_disk)?;
+        let row = disk.row(&cache.key_of_output(id), self.lifetimes, &*self.reporter)?;
+        let known = match row.sort {
+            Sort::Absent => Known::Absent,
+            Sort::There => {
+                let read = Realisation::from_json(&row.text).ok().filter(|read| read.id == *id)?;
+                Known::There(Arc::new(read))
+            }
+            Sort::CacheInfo | Sort::Purged => return None,
+        };
+        lock(&self.realisations).insert(asked, known.clone());
+        Some(known)
+    }
+
+    /// Remembers an answer about an output, and its text if the cache is on the network.
+    pub fn put_realisation(
+        &self,
+        cache: CacheId,
+        on_disk: bool,
+        id: &DrvOutput,
+        known: Known<Realisation>,
+        text: &[u8],
+    ) {
+        let sort = if matches!(known, Known::Absent) { Sort::Absent } else { Sort::There };
+        lock(&self.realisations).insert((cache, id.clone()), known);
+        if on_disk {
+            self.write_later(cache.key_of_output(id), sort, text);
         }
     }
 
@@ -380,6 +425,34 @@ mod tests {
         // Nothing of it counts any more for who wants it fresh.
         let fresh = lookups(folder.path(), Lifetimes { positive_s: 0, negative_s: 0 });
         assert!(fresh.get(cache, true, part, parse).is_none());
+    }
+
+    #[test]
+    fn answers_about_outputs_outlive_the_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = CacheId::of("http://a");
+        let text = |id: &str| format!(r#"{{"id":"{id}","outPath":"{}-x"}}"#, "1".repeat(32));
+        let (there, gone) = (format!("sha256:{}!out", "0".repeat(64)), format!("sha256:{}!dev", "0".repeat(64)));
+        let read = Realisation::from_json(text(&there).as_bytes()).unwrap();
+        let (there, gone): (DrvOutput, DrvOutput) = (there.parse().unwrap(), gone.parse().unwrap());
+        let one = lookups(folder.path(), LONG);
+        assert!(one.realisation(cache, true, &there).is_none());
+        one.put_realisation(cache, true, &there, Known::There(Arc::new(read.clone())), read.to_json().as_bytes());
+        one.put_realisation(cache, true, &gone, Known::Absent, b"");
+        drop(one);
+        let two = lookups(folder.path(), LONG);
+        assert!(matches!(two.realisation(cache, true, &there), Some(Known::There(found)) if *found == read));
+        assert!(matches!(two.realisation(cache, true, &gone), Some(Known::Absent)));
+        assert!(two.realisation(CacheId::of("http://b"), true, &there).is_none());
+        assert!(two.realisation(cache, false, &there).is_some(), "it is in memory by now");
+        // A text of another output does not count, wherever it came from.
+        two.put_realisation(cache, true, &gone, Known::There(Arc::new(read.clone())), read.to_json().as_bytes());
+        drop(two);
+        let three = lookups(folder.path(), LONG);
+        assert!(three.realisation(cache, true, &gone).is_none());
+        assert!(three.realisation(cache, false, &there).is_none());
+        let fresh = lookups(folder.path(), Lifetimes { positive_s: 0, negative_s: 0 });
+        assert!(fresh.realisation(cache, true, &there).is_none());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use larder_core::api::StoreError;
 use larder_core::narinfo::NarInfo;
 use larder_core::path_info::PathInfo;
+use larder_core::realisation::{DrvOutput, Realisation};
 use larder_core::report::Reporter;
 use larder_core::store_path::StorePath;
 
@@ -214,6 +215,14 @@ impl Source {
                 store.look_up(lookups, &[path.clone()].into())?;
                 Ok(lookups.get(store.id, false, path.hash_part(), |_| None).unwrap_or(Known::Absent))
             }
+        }
+    }
+
+    /// What it says that an output was built as. Stores that are no caches are not asked.
+    pub(crate) fn realisation(&self, lookups: &Lookups, id: &DrvOutput) -> Result<Known<Realisation>, CacheError> {
+        match self {
+            Self::Cache(cache) => cache.realisation(lookups, id),
+            Self::Store(_) => Ok(Known::Absent),
         }
     }
 

@@ -5,8 +5,12 @@
 //! path. What has come whole waits for the ledger: one thread registers for all, and the others go
 //! on fetching, so that many small paths cost few commits. Source: building, section 3; protocols,
 //! section 5.4.
+//!
+//! - `realisations`: as what others have built outputs whose paths nobody knows beforehand.
 
-use std::collections::HashMap;
+mod realisations;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -14,9 +18,10 @@ use std::time::Duration;
 
 use larder_cache::caches::{Caches, Found};
 use larder_cache::error::{CacheError, DownloadError};
+use larder_core::realisation::{DrvOutput, Realisation};
 use larder_core::report::{Level, chain};
 use larder_core::settings::Settings;
-use larder_core::signature::{PublicKey, SignatureError, count_valid};
+use larder_core::signature::{PublicKey, Signature, SignatureError, count_valid};
 use larder_core::store_path::StorePath;
 use larder_store::deliver::{Claim, Delivery};
 use larder_store::{LocalStore, StoreError};
@@ -65,6 +70,13 @@ pub trait Substituters: Sync {
     /// tells of it, and of others that were registered with it. `tell` is told of errors that the answer does not show.
     fn fetch(&self, path: &StorePath, replace: bool, done: &dyn Fn(StorePath, Fetched), tell: &dyn Fn(&str));
 
+    /// As what others have built outputs whose paths nobody knows beforehand. Where one of them is known
+    /// to nobody, the others need not be told.
+    fn realisations(&self, ids: &[DrvOutput]) -> Result<BTreeMap<DrvOutput, StorePath>, Failure>;
+
+    /// Notes what was found of them, and what that depends on. The paths are valid by now.
+    fn register(&self, ids: &[DrvOutput]) -> Result<(), Failure>;
+
     /// Nothing is fetched any more, and what is on its way is given up.
     fn stop(&self);
 }
@@ -76,6 +88,10 @@ pub struct Substitution<'a> {
     trust: Trust,
     /// What was offered, to be fetched.
     offered: Mutex<HashMap<StorePath, Found>>,
+    /// What was found of outputs, each with all that is to be registered with it.
+    realised: Mutex<HashMap<DrvOutput, Vec<Realisation>>>,
+    /// Realisations that are not believed, and were complained of.
+    doubted: Mutex<HashSet<(usize, DrvOutput)>>,
     arrived: Mutex<Arrived<'a>>,
     /// Threads that are fetching.
     fetching: AtomicUsize,
@@ -155,6 +171,8 @@ impl<'a> Substitution<'a> {
             caches,
             trust,
             offered: Mutex::default(),
+            realised: Mutex::default(),
+            doubted: Mutex::default(),
             arrived: Mutex::default(),
             fetching: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
@@ -163,26 +181,33 @@ impl<'a> Substitution<'a> {
 
     fn is_trusted(&self, found: &Found) -> bool {
         let (dir, info) = (self.store.dir(), &found.info.info);
-        !self.trust.requires_signatures
-            || self.caches.get(found.cache).is_some_and(larder_cache::Source::is_trusted)
-            || info.is_content_addressed(dir)
-            || count_valid(dir, info, &self.trust.keys) > 0
+        self.trusts(found.cache) || info.is_content_addressed(dir) || count_valid(dir, info, &self.trust.keys) > 0
     }
 
     fn tell_untrusted(&self, found: &Found) {
         let info = &found.info.info;
-        let list = |names: Vec<&str>| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-        let offered = list(info.signatures.iter().map(larder_core::signature::Signature::key_name).collect());
-        let wanted = list(self.trust.keys.iter().map(PublicKey::name).collect());
         self.store.reporter().message(
             Level::Warn,
             format_args!(
                 "the substitute for '{}' from '{}' is not signed by any of the keys in 'trusted-public-keys' \
-                 (it has signatures by: {offered}; trusted are: {wanted})",
+                 ({})",
                 self.store.dir().display(&info.path),
                 self.uri(found.cache),
+                self.keys_of(&info.signatures)
             ),
         );
+    }
+
+    /// Whose signatures there are, and whose count.
+    fn keys_of<'s>(&self, signatures: impl IntoIterator<Item = &'s Signature>) -> String {
+        let list = |names: Vec<&str>| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        let offered = list(signatures.into_iter().map(Signature::key_name).collect());
+        let wanted = list(self.trust.keys.iter().map(PublicKey::name).collect());
+        format!("it has signatures by: {offered}; trusted are: {wanted}")
+    }
+
+    fn trusts(&self, cache: usize) -> bool {
+        !self.trust.requires_signatures || self.caches.get(cache).is_some_and(larder_cache::Source::is_trusted)
     }
 
     fn uri(&self, cache: usize) -> &str {
@@ -303,6 +328,19 @@ impl Substituters for Substitution<'_> {
             self.tell_untrusted(&found);
             after = Some(found.cache);
         }
+    }
+
+    fn realisations(&self, ids: &[DrvOutput]) -> Result<BTreeMap<DrvOutput, StorePath>, Failure> {
+        let mut found = BTreeMap::new();
+        for id in ids {
+            let Some(path) = self.find_realisation(id)? else { break };
+            found.insert(id.clone(), path);
+        }
+        Ok(found)
+    }
+
+    fn register(&self, ids: &[DrvOutput]) -> Result<(), Failure> {
+        self.register_found(ids)
     }
 
     fn size_bytes(&self, path: &StorePath) -> u64 {

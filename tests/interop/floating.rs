@@ -257,3 +257,46 @@ fn without_the_feature_nothing_of_it_is_built() {
         assert!(run.stderr.contains(&text) && run.status == Some(1), "{run:?}");
     }
 }
+
+/// A key that both sides know, and that signs what is built.
+fn with_key(scene: &mut Scene) {
+    let words = ["--generate-binary-cache-key", "both-1", "secret", "public"];
+    assert_eq!(run(scene.real("nix-store").args(words), b"").status, Some(0));
+    let key = |name: &str| std::fs::read_to_string(scene.house.work().join(name)).unwrap();
+    let (secret, public) = (scene.house.work().join("secret"), key("public"));
+    let keys = format!("\nsecret-key-files = {}\ntrusted-public-keys = {}", secret.display(), public.trim_end());
+    scene.config.push_str(&keys);
+}
+
+/// Where a cache is, as what writes to it is told, and as what reads it is.
+fn cache(scene: &Scene) -> [String; 2] {
+    let folder = format!("file://{}", scene.house.work().join("cache").display());
+    [format!("{folder}?compression=none&secret-key={}", scene.house.work().join("secret").display()), folder]
+}
+
+/// Derivations of some of [`FLOATING`]: floating ones, a chain, deferred ones and what is above them.
+const COPIED: [&str; 5] = ["chain", "several", "user-again", "deferred", "above"];
+
+#[test]
+fn what_real_nix_copied_is_not_built_again() {
+    if !has_nix() {
+        return;
+    }
+    let mut scene = Scene::new(false, FEATURES);
+    with_key(&mut scene);
+    let (drvs, export) = scene.instantiate(FLOATING);
+    let [to, from] = cache(&scene);
+    let all: Vec<String> = COPIED.iter().map(|name| drvs[*name].clone()).collect();
+    let theirs = built_by_real(|| run(scene.real("nix-store").arg("-r").args(&all), b""));
+    assert_eq!(theirs.status, Some(0), "{}", theirs.stderr);
+    // Nix 2.8 takes a derivation for its outputs.
+    let copied = run(scene.real("nix").args(["copy", "--to", &to]).args(&all), b"");
+    assert_eq!(copied.status, Some(0), "{}", copied.stderr);
+    scene.start_anew(&export);
+    scene.config = scene.config.replace("substituters =", &format!("substituters = {from}"));
+    let ours = scene.realise(&[], &all);
+    assert_eq!((&ours.stdout, ours.status), (&theirs.stdout, Some(0)), "{}", ours.stderr);
+    assert!(!ours.stderr.contains("building '") && !ours.stderr.contains("warning"), "{}", ours.stderr);
+    let verified = run(scene.ours().args(["--verify", "--check-contents"]), b"");
+    assert_eq!(verified.status, Some(0), "{}", verified.stderr);
+}

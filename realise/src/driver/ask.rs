@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use larder_core::derivation::OutputName;
+use larder_core::derivation::{Kind, OutputName};
 use larder_core::report::Level;
 use larder_core::store_path::StorePath;
 use larder_store::StoreError;
@@ -143,8 +143,11 @@ impl Driver<'_> {
             let facts = Facts {
                 inputs: drv.input_drvs.clone(),
                 missing_sources: drv.input_srcs.iter().filter(|path| !valid.contains(*path)).cloned().collect(),
-                // What has no path cannot be asked for.
+                // A path that nobody knows cannot be asked for.
                 allow_substitutes: has_paths && allows_substitutes(path, &drv, self.settings),
+                asks_realisations: matches!(drv.kind(), Ok(Kind::Floating | Kind::Deferred))
+                    && self.has_feature("ca-derivations")
+                    && allows_substitutes(path, &drv, self.settings),
                 unsupported: unsupported(self.store, path, &drv, self.settings).map(Into::into),
                 // Whoever is asked reads it from the store.
                 needs: needs(path, &drv).filter(|_| is_there).map(Into::into),

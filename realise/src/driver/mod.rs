@@ -16,13 +16,14 @@ mod resolve;
 mod tests;
 mod watch;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use larder_core::derivation::OutputName;
+use larder_core::realisation::DrvOutput;
 use larder_core::report::Level;
 use larder_core::settings::Settings;
 use larder_core::store_path::StorePath;
@@ -225,6 +226,17 @@ impl<'a> Driver<'a> {
                         done.post(Event::Offer { path, offer });
                     },
                 ),
+                outputs: Pool::new(
+                    scope,
+                    "ask",
+                    questions,
+                    &done,
+                    |question: &OutputQuestion| &question.drv,
+                    |drv| Event::Realisations { answer: Err(self.broke_down("question after", &drv)), drv },
+                    move |OutputQuestion { drv, ids }: OutputQuestion, done| {
+                        done.post(Event::Realisations { drv, answer: self.built_elsewhere(&ids) });
+                    },
+                ),
                 finished: done,
                 poll_at: None,
             };
@@ -232,6 +244,16 @@ impl<'a> Driver<'a> {
         });
         drop(activities);
         Report::new(&plan, self.store.dir())
+    }
+
+    /// As what others have built outputs.
+    fn built_elsewhere(
+        &self,
+        ids: &BTreeMap<DrvOutput, OutputName>,
+    ) -> Result<BTreeMap<OutputName, StorePath>, Failure> {
+        let Some(from) = self.substituters else { return Ok(BTreeMap::new()) };
+        let found = from.realisations(&ids.keys().cloned().collect::<Vec<_>>())?;
+        Ok(found.into_iter().filter_map(|(id, path)| Some((ids.get(&id)?.clone(), path))).collect())
     }
 
     fn broke_down(&self, what: &str, path: &StorePath) -> Failure {
@@ -308,6 +330,12 @@ struct Question {
     after: Option<usize>,
 }
 
+/// As what were outputs of a derivation built?
+struct OutputQuestion {
+    drv: StorePath,
+    ids: BTreeMap<DrvOutput, OutputName>,
+}
+
 /// One run of a driver.
 struct Run<'a, 's> {
     driver: &'a Driver<'a>,
@@ -317,6 +345,7 @@ struct Run<'a, 's> {
     offers: Pool<'s, Offer>,
     fetches: Pool<'s, Fetch>,
     questions: Pool<'s, Question>,
+    outputs: Pool<'s, OutputQuestion>,
     finished: Arc<Mailbox<Event>>,
     poll_at: Option<Instant>,
 }
@@ -369,6 +398,19 @@ impl Run<'_, '_> {
                 Action::AskClosure { drv } => {
                     let answer = driver.damaged_closure(&drv);
                     events.push_back(Event::Closure { drv, answer });
+                }
+                Action::AskRealisations { drv, outputs } => {
+                    let failure = || Failure { kind: FailureKind::Misc, text: pool::NO_THREAD.to_owned() };
+                    let given = driver.ids(&drv, &outputs).and_then(|ids| {
+                        self.outputs.give(OutputQuestion { drv: drv.clone(), ids }).map_err(|_| failure())
+                    });
+                    if let Err(failure) = given {
+                        events.push_back(Event::Realisations { drv, answer: Err(failure) });
+                    }
+                }
+                Action::Register { drv, outputs } => {
+                    let answer = driver.register(&drv, &outputs);
+                    events.push_back(Event::Registered { drv, answer });
                 }
                 Action::AskOffer { path, after, verify } => offers.push(ask::OfferAsked { path, after, verify }),
                 Action::Fetch { path, replace, .. } => {
@@ -446,6 +488,7 @@ impl Run<'_, '_> {
                     Event::Delegated { answer: Delegated::Accepted, .. } => {}
                     Event::Delegated { .. } => self.offers.is_back(),
                     Event::Fetched { .. } => self.fetches.is_back(),
+                    Event::Realisations { .. } => self.outputs.is_back(),
                     _ => self.questions.is_back(),
                 }
             }

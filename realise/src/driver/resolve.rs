@@ -10,7 +10,7 @@ use larder_core::derivation::resolve::resolve;
 use larder_core::derivation::{Derivation, Kind, OutputName};
 use larder_core::realisation::{DrvOutput, Realisation};
 use larder_core::report::Level;
-use larder_core::store_path::StorePath;
+use larder_core::store_path::{NameError, StorePath};
 use larder_store::StoreError;
 
 use super::Driver;
@@ -23,7 +23,7 @@ use crate::signing::sign_realisation;
 type Inputs = BTreeMap<(StorePath, OutputName), StorePath>;
 
 impl Driver<'_> {
-    fn has_feature(&self, name: &str) -> bool {
+    pub(super) fn has_feature(&self, name: &str) -> bool {
         self.settings.experimental_features.contains(name)
     }
 
@@ -68,6 +68,27 @@ impl Driver<'_> {
             Ok(Kind::Fixed) => !drv.input_drvs.is_empty() && self.has_feature("ca-derivations"),
             Ok(Kind::InputAddressed) | Err(_) => false,
         }
+    }
+
+    /// The ids of outputs of a derivation.
+    pub(super) fn ids<'n>(
+        &self,
+        path: &StorePath,
+        names: impl IntoIterator<Item = &'n OutputName>,
+    ) -> Result<BTreeMap<DrvOutput, OutputName>, Failure> {
+        let digest = self.derivations.get(path).and_then(|drv| self.store.output_ids_of(&drv));
+        let digest = digest.map_err(|error| store_failure(&error))?;
+        let id = |name: &OutputName| Ok((DrvOutput::new(digest, name.as_str())?, name.clone()));
+        let ids: Result<_, NameError> = names.into_iter().map(id).collect();
+        ids.map_err(|error| rejected(error.to_string()))
+    }
+
+    /// Notes as what others have built outputs.
+    pub(super) fn register(&self, path: &StorePath, outputs: &BTreeMap<OutputName, StorePath>) -> Result<(), Failure> {
+        let Some(from) = self.substituters else { return Ok(()) };
+        let ids: Vec<DrvOutput> = self.ids(path, outputs.keys())?.into_keys().collect();
+        self.derivations.forget(path);
+        from.register(&ids)
     }
 
     /// What is not impure itself, nor known beforehand, must not be made of what is.

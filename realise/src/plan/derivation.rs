@@ -1,7 +1,8 @@
 //! What a goal for outputs of a derivation does: the outputs are looked at, then fetched; if
-//! that does not help, the inputs are realised and the builder runs. Source: building, section 2.
+//! that does not help, the inputs are realised and the builder runs. Where paths follow from what is
+//! built, others are asked first what they have built. Source: building, section 2; modern, section 2.9.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use larder_core::derivation::OutputName;
@@ -9,7 +10,7 @@ use larder_core::store_path::StorePath;
 
 use super::error::{Class, GoalError};
 use super::goal::{Again, Id, Key, State, Wanted};
-use super::{Action, Built, Facts, Known, Notice, Plan, Success, covers, path_of};
+use super::{Action, Built, Facts, Known, Notice, Options, Plan, Success, covers, path_of};
 use crate::job::{Failure, FailureKind, Mode};
 
 impl Plan {
@@ -91,12 +92,26 @@ impl Plan {
         if self.goal(id).mode == Mode::Repair && self.goal(id).restart {
             return self.ask(id);
         }
-        let may = self.options.substitute && self.options.has_substituters && self.facts(id).allow_substitutes;
+        let Options { substitute, has_substituters, read_only, .. } = self.options;
+        let facts = self.facts(id);
         let goal = self.goal_mut(id);
+        // What others have built is as good as damaged contents only if it is the same, which nobody knows.
+        let asks = facts.asks_realisations && goal.mode != Mode::Repair && !read_only;
+        let may = substitute && has_substituters && (facts.allow_substitutes || asks);
         if may && !goal.tried_fetch {
             goal.tried_fetch = true;
             goal.restart = false;
             goal.served = goal.wanted.clone();
+            if asks {
+                let outputs: BTreeSet<OutputName> = goal.missing().map(|(name, _)| name.clone()).collect();
+                if !outputs.is_empty() {
+                    goal.state = State::AskingRealisations;
+                    let drv = path_of(goal);
+                    self.asked_there += 1;
+                    self.actions.push(Action::AskRealisations { drv, outputs });
+                    return;
+                }
+            }
             let mode = if goal.mode == Mode::Repair { Mode::Repair } else { Mode::Normal };
             let missing: Vec<StorePath> = goal.missing().map(|(_, path)| path.clone()).collect();
             if !missing.is_empty() {
@@ -119,6 +134,65 @@ impl Plan {
         if only_incomplete && goal.again == Again::No {
             goal.again = Again::Due;
         }
+        if goal.restart {
+            goal.tried_fetch = false;
+        }
+        self.ask(id);
+    }
+
+    /// The answer to [`Action::AskRealisations`]: what others have built is fetched if that is all
+    /// that is wanted, for what is built here makes all outputs.
+    pub(super) fn realisations(&mut self, id: Id, answer: Result<BTreeMap<OutputName, StorePath>, Failure>) {
+        if self.stop.is_some() {
+            return;
+        }
+        let found = match answer {
+            Ok(found) => found,
+            Err(failure) => {
+                self.actions.push(Action::Tell(Notice::Substituter(failure.text.into())));
+                if !self.options.fallback {
+                    let drv = path_of(self.goal(id));
+                    return self.fail(id, GoalError::Substitutes { drv });
+                }
+                return self.build_inputs(id);
+            }
+        };
+        let goal = self.goal_mut(id);
+        if goal.restart {
+            goal.tried_fetch = false;
+            return self.ask(id);
+        }
+        if !goal.missing().all(|(name, _)| found.contains_key(name)) {
+            return self.build_inputs(id);
+        }
+        let paths: Vec<StorePath> = found.values().cloned().collect();
+        goal.realised = found;
+        let fetches: Vec<Id> =
+            paths.into_iter().map(|path| self.want(&Key::Path(path), &Wanted::All, Mode::Normal)).collect();
+        self.wait_for(id, State::FetchingRealised, &fetches);
+    }
+
+    /// What others have built is there, or is not.
+    pub(super) fn realised_fetched(&mut self, id: Id) {
+        if self.goal(id).waiting.failed() > 0 {
+            return self.outputs_fetched(id);
+        }
+        let goal = self.goal_mut(id);
+        goal.state = State::Registering;
+        let (drv, outputs) = (path_of(goal), std::mem::take(&mut goal.realised));
+        self.asked_here += 1;
+        self.actions.push(Action::Register { drv, outputs });
+    }
+
+    /// The answer to [`Action::Register`]. What could not be noted is built.
+    pub(super) fn registered(&mut self, id: Id, answer: Result<(), Failure>) {
+        if self.stop.is_some() {
+            return;
+        }
+        if let Err(failure) = answer {
+            self.actions.push(Action::Tell(Notice::Substituter(failure.text.into())));
+        }
+        let goal = self.goal_mut(id);
         if goal.restart {
             goal.tried_fetch = false;
         }

@@ -52,11 +52,14 @@ pub struct Known {
 
 /// What is written in a derivation, and follows from it and this machine.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is so or not")]
 pub struct Facts {
     pub inputs: BTreeMap<StorePath, BTreeSet<OutputName>>,
     /// Sources that are not valid.
     pub missing_sources: BTreeSet<StorePath>,
     pub allow_substitutes: bool,
+    /// Nobody knows where its outputs will be, but others may be asked as what they have built them.
+    pub asks_realisations: bool,
     /// Why it cannot be built on this machine, whatever is done.
     pub unsupported: Option<Arc<str>>,
     /// What a machine must be to build it. `None`: no other machine can be asked to.
@@ -164,6 +167,16 @@ pub enum Event {
         drv: StorePath,
         answer: Result<BTreeMap<OutputName, Known>, Failure>,
     },
+    /// As what others have built the outputs asked for; those that nobody has are left out.
+    Realisations {
+        drv: StorePath,
+        answer: Result<BTreeMap<OutputName, StorePath>, Failure>,
+    },
+    /// What others have built is noted.
+    Registered {
+        drv: StorePath,
+        answer: Result<(), Failure>,
+    },
     /// The time to look again at what waits for other processes.
     Poll,
     /// The user wants to stop.
@@ -202,6 +215,16 @@ pub enum Action {
         path: StorePath,
         after: Option<usize>,
         verify: bool,
+    },
+    /// As what have others built these outputs?
+    AskRealisations {
+        drv: StorePath,
+        outputs: BTreeSet<OutputName>,
+    },
+    /// Note as what others have built outputs; the paths are valid by now.
+    Register {
+        drv: StorePath,
+        outputs: BTreeMap<OutputName, StorePath>,
     },
     Fetch {
         path: StorePath,

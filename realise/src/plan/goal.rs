@@ -90,6 +90,12 @@ pub(super) enum State {
     Reading,
     /// Waits for outputs to be fetched.
     FetchingOutputs,
+    /// Asked others as what they have built outputs.
+    AskingRealisations,
+    /// Waits for what they have built to be fetched.
+    FetchingRealised,
+    /// Asked to note what they have built.
+    Registering,
     AwaitingInputs,
     /// Asked what it becomes with its inputs.
     Resolving,
@@ -177,6 +183,8 @@ pub(super) struct Goal {
     /// What it has become, and how that went.
     pub(super) resolved: Option<Id>,
     pub(super) tried_fetch: bool,
+    /// As what others have built outputs.
+    pub(super) realised: BTreeMap<OutputName, StorePath>,
     /// Nobody elsewhere wants to build it.
     pub(super) declined: bool,
     pub(super) again: Again,
@@ -209,6 +217,7 @@ impl Goal {
             facts: None,
             resolved: None,
             tried_fetch: false,
+            realised: BTreeMap::new(),
             declined: false,
             again: Again::No,
             restart: false,

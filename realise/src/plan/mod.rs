@@ -140,6 +140,18 @@ impl Plan {
                     self.noted(id, answer);
                 }
             }
+            Event::Realisations { drv, answer } => {
+                if let Some(id) = self.asked(&Key::Derivation(drv), State::AskingRealisations) {
+                    self.asked_there -= 1;
+                    self.realisations(id, answer);
+                }
+            }
+            Event::Registered { drv, answer } => {
+                if let Some(id) = self.asked(&Key::Derivation(drv), State::Registering) {
+                    self.asked_here -= 1;
+                    self.registered(id, answer);
+                }
+            }
             Event::Offer { path, offer } => {
                 if let Some(id) = self.asked(&Key::Path(path), State::Asking) {
                     self.asked_there -= 1;
@@ -443,6 +455,7 @@ impl Plan {
         match self.goal(id).state {
             State::FetchingDrv => self.drv_fetched(id),
             State::FetchingOutputs => self.outputs_fetched(id),
+            State::FetchingRealised => self.realised_fetched(id),
             State::AwaitingInputs => self.inputs_there(id),
             State::RepairingClosure => self.closure_repaired(id),
             State::AwaitingResolved => self.resolved_there(id),

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use larder_core::store_dir::StoreDir;
 use larder_core::store_path::StorePath;
 
-use super::world::{Answer, Drv, Turn, World, drv, failure, name, offered, options, path, target, world};
+use super::world::{
+    Answer, Drv, Has, Realised, Turn, World, drv, failure, floating, name, offered, options, path, target, world,
+};
 use crate::job::{FailureKind, Mode};
 use crate::plan::{Action, Event, GoalError, Key, Notice, Options, Plan, Stop, Success, Target, Wanted};
 
@@ -404,6 +406,89 @@ fn derivations_become_others_when_their_inputs_are_there() {
     let plan = run(&mut world, options(), &[target(&one, &[])]);
     assert_eq!(results(&plan), [Err(format!("build of '/s/{}' failed", one.path))]);
     assert_eq!(world.notices.len(), 1);
+}
+
+/// What others have built is fetched and noted; its inputs are not looked at.
+#[test]
+fn what_others_have_built_is_fetched() {
+    let below = drv(1, "below", &["out"], &[]);
+    let (theirs, page) = (path(800, "theirs"), path(801, "page"));
+    let top = floating(drv(2, "top", &["out", "dev"], &[(&below, &["out"])]), &[("out", &theirs)]);
+    let mut world = self::world(&[&below, &top]);
+    world.caches.insert(theirs.clone(), vec![offered(&[&page])]);
+    world.caches.insert(page.clone(), vec![offered(&[])]);
+    let plan = run(&mut world, options(), &[target(&top, &["out"])]);
+    assert_eq!(results(&plan), [Ok(Success::Substituted)]);
+    assert_eq!((built(&world), world.asked_realisations), (vec![], 1));
+    assert_eq!((&world.fetched[..], &world.registered[..]), (&[page, theirs][..], &[top.path.clone()][..]));
+    // Of another output nobody says anything: it is built, and what is known of the first is left alone.
+    let plan = run(&mut world, options(), &[target(&top, &[])]);
+    assert_eq!(results(&plan), [Ok(Success::Built)]);
+    assert_eq!((built(&world), world.asked_realisations), (vec!["below.drv".to_owned(), "top.drv".to_owned()], 2));
+}
+
+#[test]
+fn what_others_have_not_built_or_not_well_is_built() {
+    let theirs = path(800, "theirs");
+    let plain = drv(1, "d", &["out", "dev"], &[]);
+    let known = floating(plain.clone(), &[("out", &theirs), ("dev", &path(801, "dev"))]);
+    let outputs = |drv: &Drv| match &drv.realised {
+        Realised::As(outputs) => outputs.clone(),
+        other => panic!("{other:?}"),
+    };
+    let refused = Drv { realised: Realised::Refused(outputs(&known)), ..known.clone() };
+    let (half, nothing) = (floating(plain.clone(), &[("out", &theirs)]), floating(plain.clone(), &[]));
+    let forbidden = Drv { allow_substitutes: false, ..known.clone() };
+    let silent = options();
+    let nobody = Options { has_substituters: false, ..options() };
+    let never = Options { substitute: false, ..options() };
+    for (drv, options, asked, fetched) in [
+        (&known, silent, 1, 2),
+        (&refused, silent, 1, 2),
+        (&half, silent, 1, 0),
+        (&nothing, silent, 1, 0),
+        (&forbidden, silent, 0, 0),
+        (&known, nobody, 0, 0),
+        (&known, never, 0, 0),
+    ] {
+        let mut world = self::world(&[drv]);
+        world.caches.insert(theirs.clone(), vec![offered(&[])]);
+        world.caches.insert(path(801, "dev"), vec![offered(&[])]);
+        let plan = run(&mut world, options, &[target(drv, &[])]);
+        let is_refused = matches!(drv.realised, Realised::Refused(_));
+        let is_theirs = asked == 1 && fetched == 2 && !is_refused;
+        let how = if is_theirs { Success::Substituted } else { Success::Built };
+        assert_eq!(results(&plan), [Ok(how)], "{:?}", drv.realised);
+        assert_eq!((world.asked_realisations, world.fetched.len()), (asked, fetched), "{:?}", drv.realised);
+        assert_eq!(world.notices.len(), usize::from(is_refused));
+    }
+}
+
+#[test]
+fn who_does_not_say_what_was_built_is_a_failure_without_fallback() {
+    let theirs = path(800, "theirs");
+    let plain = drv(1, "d", &["out"], &[]);
+    let silent = Drv { realised: Realised::Error, ..plain.clone() };
+    let known = floating(plain, &[("out", &theirs)]);
+    for drv in [&silent, &known] {
+        for fallback in [false, true] {
+            let mut world = self::world(&[drv]);
+            let fails = Has::It { references: BTreeSet::new(), fetched: Turn::Fails(FailureKind::Misc) };
+            world.caches.insert(theirs.clone(), vec![fails]);
+            let plan = run(&mut world, Options { fallback, ..options() }, &[target(drv, &[])]);
+            let result = results(&plan).remove(0);
+            if fallback {
+                assert_eq!(result, Ok(Success::Built));
+            } else {
+                assert!(result.unwrap_err().contains("try '--fallback'"));
+            }
+            assert!(world.notices.iter().any(|notice| matches!(notice, Notice::Substituter(_))));
+        }
+    }
+    // What nobody has any more is built, whatever was said of it.
+    let mut world = self::world(&[&known]);
+    let plan = run(&mut world, options(), &[target(&known, &[])]);
+    assert_eq!((results(&plan).remove(0), world.notices.len()), (Ok(Success::Built), 0));
 }
 
 fn many(count: usize) -> Vec<Drv> {

@@ -7,7 +7,7 @@ use larder_core::store_path::StorePath;
 use proptest::prelude::*;
 use proptest::sample::Index;
 
-use super::world::{Answer, Drv, Has, Turn, World, name, path};
+use super::world::{Answer, Drv, Has, Realised, Turn, World, name, path};
 use crate::job::{FailureKind, Mode};
 use crate::plan::{Key, Options, Target, Wanted};
 
@@ -34,6 +34,8 @@ struct Seed {
     /// Its `out` is that of an earlier one: a fixed output.
     shares: Option<Index>,
     offers: Vec<Vec<(u8, Vec<Index>)>>,
+    /// What others say of its outputs, whose paths they alone know; which of them they know.
+    realised: Option<(u8, u8)>,
 }
 
 fn rarely() -> impl Strategy<Value = bool> {
@@ -76,22 +78,26 @@ fn seed() -> impl Strategy<Value = Seed> {
         3..=3,
     );
     let elsewhere = (prop::collection::vec(answer(), 0..3), 0u8..16);
-    (graph, state, flags, (prop::option::weighted(0.1, any::<Index>()), elsewhere), offers).prop_map(
-        |((outputs, inputs, sources, turns), (valid, damaged), flags, (shares, (answers, place)), offers)| Seed {
-            answers,
-            place,
-            outputs,
-            inputs,
-            sources,
-            turns,
-            valid,
-            damaged,
-            drv_missing: flags.0,
-            unsupported: flags.1,
-            allow_substitutes: flags.2,
-            registers_all: flags.3,
-            shares,
-            offers,
+    let realised = prop::option::weighted(0.3, (0u8..12, prop_oneof![2 => Just(7u8), 1 => 0u8..8]));
+    (graph, state, flags, (prop::option::weighted(0.1, any::<Index>()), elsewhere, realised), offers).prop_map(
+        |((outputs, inputs, sources, turns), (valid, damaged), flags, (shares, (answers, place), realised), offers)| {
+            Seed {
+                realised,
+                answers,
+                place,
+                outputs,
+                inputs,
+                sources,
+                turns,
+                valid,
+                damaged,
+                drv_missing: flags.0,
+                unsupported: flags.1,
+                allow_substitutes: flags.2,
+                registers_all: flags.3,
+                shares,
+                offers,
+            }
         },
     )
 }
@@ -132,7 +138,21 @@ fn make(seeds: &[Seed], dirty: bool) -> Made {
                 inputs.insert(input.get(&drvs).path.clone(), set(*bits));
             }
         }
-        for (n, own) in outputs.values().enumerate() {
+        let elsewhere = |output: &OutputName| path(5000 + number * 10 + output.as_str().len(), &format!("o{output}"));
+        let realised = match seed.realised {
+            None => Realised::Known,
+            Some((0, _)) if dirty => {
+                clean = false;
+                Realised::Error
+            }
+            Some((kind, bits)) => {
+                let known = outputs.keys().enumerate().filter(|(n, _)| bits >> n & 1 == 1);
+                let known = known.map(|(_, output)| (output.clone(), elsewhere(output))).collect();
+                if kind == 1 { Realised::Refused(known) } else { Realised::As(known) }
+            }
+        };
+        for (n, (output, own)) in outputs.iter().enumerate() {
+            // What is valid and floating has been built here.
             if seed.valid >> n & 1 == 1 {
                 world.valid.insert(own.clone());
                 if seed.damaged >> n & 1 == 1 {
@@ -165,7 +185,8 @@ fn make(seeds: &[Seed], dirty: bool) -> Made {
                     _ => Has::Nothing,
                 }
             });
-            world.caches.insert(own.clone(), offers.collect());
+            let place = if realised == Realised::Known { own.clone() } else { elsewhere(output) };
+            world.caches.insert(place, offers.collect());
         }
         lower.extend(outputs.values().cloned());
         let drv = Drv {
@@ -182,6 +203,7 @@ fn make(seeds: &[Seed], dirty: bool) -> Made {
             system: if seed.place >> 2 == 3 { "there" } else { "here" },
             registers_all: seed.registers_all,
             becomes: None,
+            realised,
         };
         world.drvs.insert(drv.path.clone(), drv.clone());
         drvs.push(drv);

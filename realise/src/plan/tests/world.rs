@@ -68,6 +68,20 @@ pub(super) struct Drv {
     pub(super) registers_all: bool,
     /// The derivation that it becomes, which has outputs of the same names.
     pub(super) becomes: Option<StorePath>,
+    /// Its outputs have paths that nobody knows beforehand; this is what others say of them.
+    pub(super) realised: Realised,
+}
+
+/// As what others have built outputs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Realised {
+    /// The paths are known beforehand: nobody is to be asked.
+    Known,
+    As(BTreeMap<OutputName, StorePath>),
+    /// Nobody answers as they should.
+    Error,
+    /// They can be fetched, but not noted.
+    Refused(BTreeMap<OutputName, StorePath>),
 }
 
 /// What one substituter has of a path.
@@ -96,7 +110,11 @@ pub(super) struct World {
     pub(super) built: Vec<(StorePath, Wanted)>,
     pub(super) fetched: Vec<StorePath>,
     pub(super) notices: Vec<Notice>,
+    /// Derivations of which was noted as what others have built them.
+    pub(super) registered: Vec<StorePath>,
     pub(super) asked: usize,
+    /// Questions as what others have built something.
+    pub(super) asked_realisations: usize,
     /// Questions about derivations in this store.
     pub(super) looked: usize,
     /// Builds at once elsewhere.
@@ -242,6 +260,11 @@ impl World {
                     self.fetching += 1;
                     assert!(self.fetching <= options.max_fetches.max(1) as usize, "too many at once");
                 }
+                Action::AskRealisations { outputs, .. } => {
+                    assert!(options.has_substituters && options.substitute && !options.read_only);
+                    assert!(!self.cancelled && !outputs.is_empty());
+                    self.asked_realisations += 1;
+                }
                 Action::AskOffer { .. } => {
                     assert!(options.has_substituters || !self.cancelled);
                     self.asked += 1;
@@ -278,7 +301,8 @@ impl World {
                 let facts = Facts {
                     inputs: found.inputs.clone(),
                     missing_sources: found.sources.iter().filter(|s| !self.valid.contains(*s)).cloned().collect(),
-                    allow_substitutes: found.allow_substitutes,
+                    allow_substitutes: found.allow_substitutes && found.realised == Realised::Known,
+                    asks_realisations: found.allow_substitutes && found.realised != Realised::Known,
                     unsupported: (!found.supported).then(|| "another system".into()),
                     needs: Some(Needs { system: found.system.to_owned(), ..Needs::default() }.into()),
                     prefers_local: found.prefers_local,
@@ -308,16 +332,15 @@ impl World {
                 };
                 Event::Realised { drv, answer: Ok(outputs.into_iter().map(known).collect()) }
             }
+            Action::AskRealisations { drv, outputs } => self.built_by_others(drv, &outputs),
+            Action::Register { drv, outputs } => self.register(drv, outputs),
             Action::AskClosure { drv } => {
                 let own = &self.drvs.get(&drv).expect("it exists").outputs;
                 let damaged = self.damaged.iter().filter(|path| !own.values().any(|own| own == *path));
                 let damaged = damaged.map(|path| (path.clone(), self.maker(path))).collect();
                 Event::Closure { drv, answer: Ok(damaged) }
             }
-            Action::AskOffer { path, after, verify } => {
-                let offer = self.offer(&path, after, verify);
-                Event::Offer { path, offer }
-            }
+            Action::AskOffer { path, after, verify } => Event::Offer { offer: self.offer(&path, after, verify), path },
             Action::Fetch { path, substituter, .. } => {
                 self.making.remove(&path);
                 self.fetching -= 1;
@@ -351,6 +374,31 @@ impl World {
             }
             other => panic!("{other:?} has no answer"),
         }
+    }
+
+    fn built_by_others(&self, drv: StorePath, outputs: &BTreeSet<OutputName>) -> Event {
+        let answer = match &self.drvs.get(&drv).expect("it exists").realised {
+            Realised::As(known) | Realised::Refused(known) => {
+                let known = known.iter().filter(|(name, _)| outputs.contains(*name));
+                Ok(known.map(|(name, path)| (name.clone(), path.clone())).collect())
+            }
+            Realised::Error => Err(failure(FailureKind::Misc)),
+            Realised::Known => panic!("asked for what is known"),
+        };
+        Event::Realisations { drv, answer }
+    }
+
+    fn register(&mut self, drv: StorePath, outputs: BTreeMap<OutputName, StorePath>) -> Event {
+        assert!(!outputs.is_empty() && outputs.values().all(|path| self.valid.contains(path)));
+        let found = self.drvs.get_mut(&drv).expect("it exists");
+        let answer = if matches!(found.realised, Realised::Refused(_)) {
+            Err(failure(FailureKind::Misc))
+        } else {
+            found.outputs.extend(outputs);
+            self.registered.push(drv.clone());
+            Ok(())
+        };
+        Event::Registered { drv, answer }
     }
 
     fn maker(&self, path: &StorePath) -> Option<StorePath> {
@@ -495,7 +543,14 @@ pub(super) fn drv(number: usize, name_text: &str, outputs: &[&str], inputs: &[(&
         system: "here",
         registers_all: true,
         becomes: None,
+        realised: Realised::Known,
     }
+}
+
+/// The same with outputs whose paths are known to others only.
+pub(super) fn floating(drv: Drv, outputs: &[(&str, &StorePath)]) -> Drv {
+    let outputs = outputs.iter().map(|(text, path)| (name(text), (*path).clone())).collect();
+    Drv { realised: Realised::As(outputs), ..drv }
 }
 
 pub(super) fn world(drvs: &[&Drv]) -> World {
