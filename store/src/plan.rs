@@ -1,6 +1,7 @@
 //! What a collection would do, before it does: which paths go and how many bytes that frees.
 
 use std::ffi::{OsStr, OsString};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::ffi::OsStrExt as _;
 
@@ -63,11 +64,12 @@ impl LocalStore {
         if entries.is_empty() {
             return Ok(Plan::default());
         }
-        measure(entries, self.object_dir()?, self.layout(), self.reporter())
+        measure(entries, self.object_dir()?, self.layout(), self.reporter(), |_| false)
     }
 }
 
-/// The same in a store that another process keeps, where its files lie on this machine.
+/// The same in a store that another process keeps, where its files lie on this machine. Directories that
+/// are closed to us count as nothing.
 pub fn measure_there(
     entries: Vec<(OsString, bool)>,
     layout: &Layout,
@@ -76,7 +78,9 @@ pub fn measure_there(
     let failed = |error: Errno| FileError::new("opening directory", &layout.real_store, error);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open(&layout.real_store, flags, Mode::empty()).map_err(failed)?;
-    measure(entries, dir.as_fd(), layout, reporter)
+    // What a failed build has left may be closed to whoever asks.
+    let is_closed = |error: &FileError| error.kind() == ErrorKind::PermissionDenied;
+    measure(entries, dir.as_fd(), layout, reporter, is_closed)
 }
 
 fn measure(
@@ -84,6 +88,7 @@ fn measure(
     dir: BorrowedFd<'_>,
     layout: &Layout,
     reporter: &dyn Reporter,
+    is_passed_over: impl Fn(&FileError) -> bool + Sync,
 ) -> Result<Plan, StoreError> {
     entries.sort_unstable();
     let census = Census::new();
@@ -94,7 +99,10 @@ fn measure(
                 return Err(StoreError::Interrupted);
             }
             let target = Target { dir, name: &name, dir_path: &layout.real_store };
-            let size_bytes = census.add(target)?;
+            let size_bytes = match census.add(target) {
+                Err(error) if is_passed_over(&error) => 0,
+                size_bytes => size_bytes?,
+            };
             Ok(Planned { name, valid, size_bytes })
         })
         .collect::<Result<Vec<_>, StoreError>>()?;

@@ -169,8 +169,10 @@ impl<D: Door> Shared<D> {
                 thread::sleep(PAUSE);
             }
             let again = EventFlags::IN | EventFlags::ONESHOT;
-            if let Err(error) = epoll::modify(&self.events, &self.socket, EventData::new_u64(CONNECTION), again) {
+            while let Err(error) = epoll::modify(&self.events, &self.socket, EventData::new_u64(CONNECTION), again) {
+                // Nobody would be woken any more.
                 self.door.complain("waiting for connections", &error.into());
+                thread::sleep(PAUSE);
             }
             if let Ok((stream, _)) = accepted {
                 return Some(stream);

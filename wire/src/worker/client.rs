@@ -82,6 +82,26 @@ fn failed(error: impl Error + Send + Sync + 'static) -> StoreError {
 /// What goes to the server after the fields of a request.
 type Contents<'a> = Option<&'a mut dyn FnMut(&mut dyn Write) -> io::Result<()>>;
 
+/// A source whose failure is kept.
+struct Watched<'a> {
+    source: &'a mut dyn Read,
+    failure: Option<io::Error>,
+}
+
+impl Read for Watched<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let outcome = self.source.read(into);
+        match outcome {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                let kind = error.kind();
+                self.failure = Some(error);
+                Err(kind.into())
+            }
+            outcome => outcome,
+        }
+    }
+}
+
 impl Client {
     /// Greets the server; `newest` is the minor version that is offered, usually [`MINOR`].
     pub fn connect(
@@ -285,15 +305,21 @@ impl Client {
 
     /// The same with contents in frames.
     fn call_framed<O: Operation>(&self, operation: &O, source: &mut dyn Read) -> Result<O::Reply, StoreError> {
+        let mut source = Watched { source, failure: None };
         let mut send = |out: &mut dyn Write| {
             let mut framed = FramedWriter::new(out);
-            let copied = framed.copy_from(source);
-            // A source that fails is no reason to have the server wait for the rest, and to wait for it:
-            // it says that what has come is not whole.
+            let copied = framed.copy_from(&mut source);
+            // A source that fails is no reason to have the server wait for the rest, and to wait for it.
+            // An archive that is not whole it refuses; of a flat file it may keep what has come.
             let finished = framed.finish();
             copied.and(finished)
         };
-        self.call_with(operation, Some(&mut send), |reply, _| Ok(reply))
+        let outcome = self.call_with(operation, Some(&mut send), |reply, _| Ok(reply));
+        match source.failure {
+            // What the server makes of that says less.
+            Some(failure) if outcome.is_err() => Err(failure.into()),
+            _ => outcome,
+        }
     }
 
     /// For servers that tell no results: an error is that of the one target.
@@ -652,7 +678,8 @@ mod tests {
                 };
                 let nar = encoder::file(&vec![7; 100_000], false);
                 for cut in [0, 50_000] {
-                    client.add_content(&new, &mut nar[..cut].chain(Failing)).unwrap_err();
+                    let error = client.add_content(&new, &mut nar[..cut].chain(Failing)).unwrap_err();
+                    assert!(error.to_string().contains("torn"), "{newest} {cut}: {error}");
                     assert_eq!(client.all_paths().unwrap(), BTreeSet::new());
                 }
                 client.add_content(&new, &mut &nar[..]).unwrap();

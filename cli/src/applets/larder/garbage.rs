@@ -172,7 +172,7 @@ fn plan(cx: &Context, place: &Place) -> Result<Plan, Failure> {
     }
     let (store, dir) = (place.store(), place.store().dir());
     let dead = store.collect(&Collect::ListDead, u64::MAX)?.paths;
-    // What else lies there is deleted as well, but is not told of.
+    // Names that are no store paths are deleted as well, but are not told of.
     let paths: BTreeSet<StorePath> = dead.iter().filter_map(|path| dir.parse(path).ok()).collect();
     // A daemon protects paths that it is asked about by name, as long as we are there.
     let valid = store.all_paths()?;
