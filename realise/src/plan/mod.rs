@@ -308,7 +308,6 @@ impl Plan {
             State::Done if again => {
                 goal.result = None;
                 goal.tried_fetch = false;
-                goal.declined = false;
                 goal.again = goal::Again::No;
                 self.tops_left += usize::from(id < self.top_goals);
                 self.done -= 1;
